@@ -1,0 +1,195 @@
+// The one file that knows Python. Compiled once per backend; every argument is keyword-only, so a
+// call reads like the struct it fills. The caller (fastpo/_native.py) has checked everything.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "fastpo.h"
+#ifdef FASTPO_SIM
+#include "port/sim.h"
+#endif
+
+namespace py = pybind11;
+using namespace fastpo;
+using Address = uintptr_t;
+
+namespace {
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Every launch goes through here: errors become exceptions, and the kernel runs without the GIL.
+template <typename Launch>
+void run(const char* op, const Launch& launch) {
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = launch();
+  }
+  if (code != 0) {
+    throw std::runtime_error(std::string("fastpo.") + op + ": " +
+                             FASTPO_BACKEND::error_string(code));
+  }
+}
+
+// The arguments that describe a tile, in the order of their py::arg list below.
+#define TILE_PARAMETERS                                                                        \
+  Address logits, int dtype, int64_t row_stride, int64_t n, int64_t v, int64_t vocab_start,    \
+      Address targets, int64_t ignore_index, Address bias, double scale, double softcap,       \
+      double temperature
+#define TILE_ARGUMENTS                                                                         \
+  py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("n"), py::arg("v"),      \
+      py::arg("vocab_start"), py::arg("targets"), py::arg("ignore_index"), py::arg("bias"),    \
+      py::arg("scale"), py::arg("softcap"), py::arg("temperature")
+#define TILE                                                                                   \
+  Tile {                                                                                       \
+    at(logits), DType(dtype), row_stride, n, v, vocab_start, at<const int64_t>(targets),       \
+        ignore_index, at(bias), scale, softcap, temperature                                    \
+  }
+#define STATE_PARAMETERS Address state, int64_t state_stride, Address top, int moments
+#define STATE_ARGUMENTS \
+  py::arg("state"), py::arg("state_stride"), py::arg("top"), py::arg("moments")
+#define STATE \
+  RowState { at(state), state_stride, at<int32_t>(top), moments }
+#define OUT_PARAMETERS Address out, int out_dtype, int64_t out_stride
+#define OUT_ARGUMENTS py::arg("out"), py::arg("out_dtype"), py::arg("out_stride")
+#define OUT \
+  TileOut { at(out), DType(out_dtype), out_stride }
+#define SEGMENT_PARAMETERS                                                                      \
+  int dtype, Address values, Address reference, Address weights, Address mask,                  \
+      int64_t values_stride, int64_t reference_stride, int64_t weights_stride,                  \
+      int64_t mask_stride, Address offsets, int64_t B, int64_t T
+#define SEGMENT_ARGUMENTS                                                                       \
+  py::arg("dtype"), py::arg("values"), py::arg("reference"), py::arg("weights"),                \
+      py::arg("mask"), py::arg("values_stride"), py::arg("reference_stride"),                   \
+      py::arg("weights_stride"), py::arg("mask_stride"), py::arg("offsets"), py::arg("B"),      \
+      py::arg("T")
+#define SEGMENTS                                                                                \
+  Segments {                                                                                    \
+    DType(dtype), at(values), at(reference), at(weights), at<const uint8_t>(mask),              \
+        values_stride, reference_stride, weights_stride, mask_stride,                           \
+        at<const int64_t>(offsets), B, T                                                        \
+  }
+#define LAUNCH_PARAMETERS Address stream, int threads
+#define LAUNCH_ARGUMENTS py::arg("stream"), py::arg("threads")
+
+}  // namespace
+
+PYBIND11_MODULE(FASTPO_MODULE, m) {
+  m.def(
+      "chunk_stats",
+      [](TILE_PARAMETERS, STATE_PARAMETERS, LAUNCH_PARAMETERS) {
+        run("chunk_stats",
+            [&] { return FASTPO_BACKEND::chunk_stats(TILE, STATE, at(stream), threads); });
+      },
+      py::kw_only(), TILE_ARGUMENTS, STATE_ARGUMENTS, LAUNCH_ARGUMENTS);
+
+  m.def(
+      "chunk_weights",
+      [](TILE_PARAMETERS, STATE_PARAMETERS, OUT_PARAMETERS, Address partial,
+         int64_t partial_stride, int64_t hidden, LAUNCH_PARAMETERS) {
+        run("chunk_weights", [&] {
+          return FASTPO_BACKEND::chunk_weights(TILE, STATE, OUT, at(partial), partial_stride,
+                                               hidden, at(stream), threads);
+        });
+      },
+      py::kw_only(), TILE_ARGUMENTS, STATE_ARGUMENTS, OUT_ARGUMENTS, py::arg("partial"),
+      py::arg("partial_stride"), py::arg("hidden"), LAUNCH_ARGUMENTS);
+
+  m.def(
+      "finish_stats",
+      [](int dtype, STATE_PARAMETERS, int64_t n, int64_t vocab, Address targets,
+         int64_t ignore_index, Address logprobs, Address lse, Address entropy,
+         Address log_sum_sq_probs, Address mean_logits, Address is_top1, Address rows,
+         LAUNCH_PARAMETERS) {
+        const StatsOut out{at(logprobs),         at(lse),         at(entropy),
+                           at(log_sum_sq_probs), at(mean_logits), at<uint8_t>(is_top1),
+                           at<const int64_t>(rows)};
+        run("finish_stats", [&] {
+          return FASTPO_BACKEND::finish_stats(DType(dtype), STATE, n, vocab,
+                                              at<const int64_t>(targets), ignore_index, out,
+                                              at(stream), threads);
+        });
+      },
+      py::kw_only(), py::arg("dtype"), STATE_ARGUMENTS, py::arg("n"), py::arg("vocab"),
+      py::arg("targets"), py::arg("ignore_index"), py::arg("logprobs"), py::arg("lse"),
+      py::arg("entropy"), py::arg("log_sum_sq_probs"), py::arg("mean_logits"),
+      py::arg("is_top1"), py::arg("rows"), LAUNCH_ARGUMENTS);
+
+  m.def(
+      "finish_weights",
+      [](int dtype, STATE_PARAMETERS, Address partial, int64_t partial_stride,
+         Address target_rows, int64_t target_rows_stride, Address unit_grad,
+         int64_t unit_grad_stride, Address rows, int64_t n, int64_t hidden, double scale,
+         double softcap, double temperature, LAUNCH_PARAMETERS) {
+        const UnitGrad args{DType(dtype),       at(partial),        partial_stride,
+                            at(target_rows),    target_rows_stride, at(unit_grad),
+                            unit_grad_stride,   at<const int64_t>(rows), n,
+                            hidden,             scale,              softcap,
+                            temperature};
+        run("finish_weights",
+            [&] { return FASTPO_BACKEND::finish_weights(args, STATE, at(stream), threads); });
+      },
+      py::kw_only(), py::arg("dtype"), STATE_ARGUMENTS, py::arg("partial"),
+      py::arg("partial_stride"), py::arg("target_rows"), py::arg("target_rows_stride"),
+      py::arg("unit_grad"), py::arg("unit_grad_stride"), py::arg("rows"), py::arg("n"),
+      py::arg("hidden"), py::arg("scale"), py::arg("softcap"), py::arg("temperature"),
+      LAUNCH_ARGUMENTS);
+
+  m.def(
+      "chunk_grad",
+      [](TILE_PARAMETERS, OUT_PARAMETERS, Address logprobs, Address lse, Address entropy,
+         Address grad_logprobs, Address grad_entropy, Address grad_lse, LAUNCH_PARAMETERS) {
+        const RowGrads rows{at(logprobs),      at(lse),          at(entropy),
+                            at(grad_logprobs), at(grad_entropy), at(grad_lse)};
+        run("chunk_grad",
+            [&] { return FASTPO_BACKEND::chunk_grad(TILE, rows, OUT, at(stream), threads); });
+      },
+      py::kw_only(), TILE_ARGUMENTS, OUT_ARGUMENTS, py::arg("logprobs"), py::arg("lse"),
+      py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"),
+      LAUNCH_ARGUMENTS);
+
+  m.def(
+      "scale_rows",
+      [](int dtype, Address input, int64_t input_stride, Address factors, Address out,
+         int64_t out_stride, int64_t n, int64_t hidden, LAUNCH_PARAMETERS) {
+        run("scale_rows", [&] {
+          return FASTPO_BACKEND::scale_rows(DType(dtype), at(input), input_stride, at(factors),
+                                            at(out), out_stride, n, hidden, at(stream), threads);
+        });
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("input"), py::arg("input_stride"),
+      py::arg("factors"), py::arg("out"), py::arg("out_stride"), py::arg("n"), py::arg("hidden"),
+      LAUNCH_ARGUMENTS);
+
+  m.def(
+      "segment_sums",
+      [](SEGMENT_PARAMETERS, Address sums, Address counts, LAUNCH_PARAMETERS) {
+        run("segment_sums", [&] {
+          return FASTPO_BACKEND::segment_sums(SEGMENTS, at(sums), at<int64_t>(counts), at(stream),
+                                              threads);
+        });
+      },
+      py::kw_only(), SEGMENT_ARGUMENTS, py::arg("sums"), py::arg("counts"), LAUNCH_ARGUMENTS);
+
+  m.def(
+      "segment_sums_backward",
+      [](SEGMENT_PARAMETERS, Address grad_sums, Address grad_values, Address grad_reference,
+         Address grad_weights, LAUNCH_PARAMETERS) {
+        run("segment_sums_backward", [&] {
+          return FASTPO_BACKEND::segment_sums_backward(SEGMENTS, at(grad_sums), at(grad_values),
+                                                       at(grad_reference), at(grad_weights),
+                                                       at(stream), threads);
+        });
+      },
+      py::kw_only(), SEGMENT_ARGUMENTS, py::arg("grad_sums"), py::arg("grad_values"),
+      py::arg("grad_reference"), py::arg("grad_weights"), LAUNCH_ARGUMENTS);
+
+#ifdef FASTPO_SIM
+  m.def("set_thread_order", &sim::set_thread_order, py::arg("order"),
+        "0 ascending, 1 descending, 2 shuffled: the order in which a block's threads run.");
+#endif
+}

@@ -1,0 +1,154 @@
+// Short vectors of floats or doubles in the compiler's own vector types, so that one source serves
+// every instruction set this file is compiled for (FASTPO_ISA names the set).
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/dtype.h"
+
+namespace fastpo::cpu::FASTPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VecOf<A>::type;
+template <typename A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+template <typename A>
+inline Vec<A> broadcast(A x) {
+  return Vec<A>{} + x;
+}
+
+// NaN in `a` is dropped, NaN in `b` is kept; sums, not maxima, carry NaN to the result.
+template <typename A>
+inline Vec<A> max(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+template <typename A>
+inline A max_lane(Vec<A> x) {
+  A result = x[0];
+  for (int i = 1; i < kLanes<A>; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+template <typename A>
+inline A sum_lanes(Vec<A> x) {
+  A result = 0;
+  for (int i = 0; i < kLanes<A>; ++i) result += x[i];
+  return result;
+}
+
+template <typename T>
+inline Vec<Acc<T>> load(const T* from) {
+  using A = Acc<T>;
+  Vec<A> to;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(&to, from, sizeof(to));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+    Half half;
+    std::memcpy(&half, from, sizeof(half));
+    const Word word = __builtin_convertvector(half, Word) << 16;
+    std::memcpy(&to, &word, sizeof(to));
+  } else {
+    for (int i = 0; i < kLanes<A>; ++i) to[i] = to_float(from[i]);
+  }
+  return to;
+}
+
+template <typename T>
+inline void store(T* to, Vec<Acc<T>> from) {
+  using A = Acc<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(to, &from, sizeof(from));
+  } else {
+    for (int i = 0; i < kLanes<A>; ++i) to[i] = from_float<T>(from[i]);
+  }
+}
+
+// The last, short vector of a range: `count` lanes from memory, the others `fill`.
+template <typename T>
+inline Vec<Acc<T>> load_part(const T* from, int64_t count, Acc<T> fill) {
+  Vec<Acc<T>> to = broadcast(fill);
+  for (int i = 0; i < count; ++i) to[i] = to_float(from[i]);
+  return to;
+}
+
+template <typename T>
+inline void store_part(T* to, Vec<Acc<T>> from, int64_t count) {
+  for (int i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
+}
+
+// e^x to 2 ulp; 0 below the smallest normal number. NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  constexpr float kLow = -87.33654f, kHigh = 88.72283f;
+  const Vec<float> low = broadcast(kLow), high = broadcast(kHigh);
+  Vec<float> clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const Vec<float> shifted = clamped * 1.44269504f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  // Two steps of 2^(n/2): 2^128 alone would overflow the exponent field.
+  const Int half = (bits - 0x4b400000) >> 1;
+  const Int rest = (bits - 0x4b400000) - half;
+  const Int first = (half + 127) << 23, second = (rest + 127) << 23;
+  Vec<float> a, b;
+  std::memcpy(&a, &first, sizeof(a));
+  std::memcpy(&b, &second, sizeof(b));
+  p = p * a * b;
+  p = x < low ? Vec<float>{} : p;
+  return x > high ? broadcast(kInfinity<float>) : p;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+inline Vec<float> tanh(Vec<float> x) {
+  const Vec<float> size = x < 0.0f ? -x : x;
+  const Vec<float> square = x * x;
+  Vec<float> p = broadcast(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec<float> near = p * square * x + x;  // |x| < 0.625: no cancellation
+  const Vec<float> far = 1.0f - 2.0f / (exp(2.0f * size) + 1.0f);
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+}  // namespace fastpo::cpu::FASTPO_ISA

@@ -1,0 +1,213 @@
+"""Tensors to the pointers, sizes and strides the extension modules take."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastpo.tiles import RowState, Tile
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tile(tile: Tile) -> dict[str, Any]:
+    logits_nv = tile.logits_nv
+    return {
+        "logits": logits_nv.data_ptr(),
+        "dtype": _DTYPES[logits_nv.dtype],
+        "row_stride": logits_nv.stride(0),
+        "n": logits_nv.shape[0],
+        "v": logits_nv.shape[1],
+        "vocab_start": tile.vocab_start,
+        "targets": tile.targets_n.data_ptr(),
+        "ignore_index": tile.ignore_index,
+        "bias": _pointer(tile.bias_v),
+        "scale": tile.scale,
+        "softcap": tile.softcap,
+        "temperature": tile.temperature,
+    }
+
+
+def _state(state: RowState) -> dict[str, Any]:
+    return {
+        "state": state.values_Sn.data_ptr(),
+        "state_stride": state.values_Sn.stride(0),
+        "top": state.top_n.data_ptr(),
+        "moments": state.moments,
+    }
+
+
+def _out(out_nv: torch.Tensor) -> dict[str, Any]:
+    return {
+        "out": out_nv.data_ptr(),
+        "out_dtype": _DTYPES[out_nv.dtype],
+        "out_stride": out_nv.stride(0),
+    }
+
+
+def _segments(values, reference, weights, mask, offsets) -> dict[str, Any]:
+    rows = offsets is None
+    return {
+        "dtype": _DTYPES[values.dtype],
+        "values": values.data_ptr(),
+        "reference": _pointer(reference),
+        "weights": _pointer(weights),
+        "mask": _pointer(mask),
+        "values_stride": values.stride(0) if rows else 0,
+        "reference_stride": reference.stride(0) if rows and reference is not None else 0,
+        "weights_stride": weights.stride(0) if rows and weights is not None else 0,
+        "mask_stride": mask.stride(0) if rows and mask is not None else 0,
+        "offsets": _pointer(offsets),
+        "B": values.shape[0] if rows else offsets.shape[0] - 1,
+        "T": values.shape[1] if rows else 0,
+    }
+
+
+class NativeKernels:
+    """The functions of ``fastpo.reference``, served by one extension module."""
+
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self._module = module
+        self._cuda = name == "cuda"
+
+    def _call(self, op: str, tensor: torch.Tensor, arguments: dict[str, Any]) -> None:
+        function = getattr(self._module, op)
+        if not self._cuda:
+            function(**arguments, stream=0, threads=torch.get_num_threads())
+            return
+        with torch.cuda.device(tensor.device):
+            stream = torch.cuda.current_stream(tensor.device).cuda_stream
+            function(**arguments, stream=stream, threads=0)
+
+    def chunk_stats(self, tile: Tile, state: RowState) -> None:
+        self._call("chunk_stats", tile.logits_nv, _tile(tile) | _state(state))
+
+    def chunk_weights(
+        self,
+        tile: Tile,
+        state: RowState,
+        weights_nv: torch.Tensor,
+        partial_nH: torch.Tensor | None,
+    ) -> None:
+        partial = {
+            "partial": _pointer(partial_nH),
+            "partial_stride": 0 if partial_nH is None else partial_nH.stride(0),
+            "hidden": 0 if partial_nH is None else partial_nH.shape[1],
+        }
+        arguments = _tile(tile) | _state(state) | _out(weights_nv) | partial
+        self._call("chunk_weights", tile.logits_nv, arguments)
+
+    def finish_stats(
+        self,
+        state: RowState,
+        targets_n: torch.Tensor,
+        *,
+        vocab: int,
+        ignore_index: int = -100,
+        rows: torch.Tensor | None = None,
+        **outputs: torch.Tensor | None,
+    ) -> None:
+        names = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        arguments = _state(state) | {name: _pointer(outputs.get(name)) for name in names}
+        arguments |= {
+            "dtype": _DTYPES[state.values_Sn.dtype],
+            "n": targets_n.shape[0],
+            "vocab": vocab,
+            "targets": targets_n.data_ptr(),
+            "ignore_index": ignore_index,
+            "rows": _pointer(rows),
+        }
+        self._call("finish_stats", targets_n, arguments)
+
+    def finish_weights(
+        self,
+        state: RowState,
+        partial_nH: torch.Tensor,
+        target_rows_nH: torch.Tensor,
+        unit_grad_NH: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        arguments = _state(state) | {
+            "dtype": _DTYPES[unit_grad_NH.dtype],
+            "partial": partial_nH.data_ptr(),
+            "partial_stride": partial_nH.stride(0),
+            "target_rows": target_rows_nH.data_ptr(),
+            "target_rows_stride": target_rows_nH.stride(0),
+            "unit_grad": unit_grad_NH.data_ptr(),
+            "unit_grad_stride": unit_grad_NH.stride(0),
+            "rows": _pointer(rows),
+            "n": partial_nH.shape[0],
+            "hidden": partial_nH.shape[1],
+            "scale": scale,
+            "softcap": softcap,
+            "temperature": temperature,
+        }
+        self._call("finish_weights", partial_nH, arguments)
+
+    def chunk_grad(
+        self,
+        tile: Tile,
+        out_nv: torch.Tensor,
+        *,
+        logprobs: torch.Tensor,
+        lse: torch.Tensor,
+        **row_values: torch.Tensor | None,
+    ) -> None:
+        names = ("entropy", "grad_logprobs", "grad_entropy", "grad_lse")
+        arguments = _tile(tile) | _out(out_nv) | {n: _pointer(row_values.get(n)) for n in names}
+        arguments |= {"logprobs": logprobs.data_ptr(), "lse": lse.data_ptr()}
+        self._call("chunk_grad", tile.logits_nv, arguments)
+
+    def scale_rows(
+        self, input_NH: torch.Tensor, factors_N: torch.Tensor, out_NH: torch.Tensor
+    ) -> None:
+        arguments = {
+            "dtype": _DTYPES[input_NH.dtype],
+            "input": input_NH.data_ptr(),
+            "input_stride": input_NH.stride(0),
+            "factors": factors_N.data_ptr(),
+            "out": out_NH.data_ptr(),
+            "out_stride": out_NH.stride(0),
+            "n": input_NH.shape[0],
+            "hidden": input_NH.shape[1],
+        }
+        self._call("scale_rows", input_NH, arguments)
+
+    def segment_sums(
+        self, values, *, reference=None, weights=None, mask=None, offsets=None, sums, counts
+    ) -> None:
+        arguments = _segments(values, reference, weights, mask, offsets)
+        arguments |= {"sums": sums.data_ptr(), "counts": counts.data_ptr()}
+        self._call("segment_sums", values, arguments)
+
+    def segment_sums_backward(
+        self,
+        values,
+        *,
+        reference=None,
+        weights=None,
+        mask=None,
+        offsets=None,
+        grad_sums,
+        grad_values=None,
+        grad_reference=None,
+        grad_weights=None,
+    ) -> None:
+        arguments = _segments(values, reference, weights, mask, offsets)
+        arguments |= {
+            "grad_sums": grad_sums.data_ptr(),
+            "grad_values": _pointer(grad_values),
+            "grad_reference": _pointer(grad_reference),
+            "grad_weights": _pointer(grad_weights),
+        }
+        self._call("segment_sums_backward", values, arguments)

@@ -1,0 +1,270 @@
+"""Hidden states and a head weight to per-token statistics, never holding the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastpo.ops import _check
+from fastpo.ops.linear_stats import Stats, linear_stats
+from fastpo.tiles import MOMENTS, accumulation_dtype
+
+_OUTPUTS = ("logprobs", "lse", *MOMENTS)
+_DIFFERENTIABLE = ("logprobs", "lse", "entropy")
+_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+class LoRA(NamedTuple):
+    """A low-rank addition to the head: ``logits += scaling * (hidden @ a.T) @ b.T``.
+
+    Attributes:
+        a: [r, H], the weight of peft's ``lora_A``.
+        b: [V, r], the weight of peft's ``lora_B``.
+        scaling: peft's ``lora_alpha / r``.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float = 1.0
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, shaped as the targets; None where not asked for. Nats.
+
+    Attributes:
+        logprobs: log-probability of the target.
+        lse: log-sum-exp of the (scaled) logits.
+        entropy: entropy of the distribution over the vocabulary.
+        log_sum_sq_probs: log of the sum of squared probabilities.
+        mean_logits: mean of the (scaled) logits over the vocabulary.
+        is_top1: bool, the target is the most probable token (the first one on ties).
+    """
+
+    logprobs: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+class _Inputs(NamedTuple):
+    """Arguments of a public function, checked, cast and flattened."""
+
+    hidden_NH: torch.Tensor
+    weight_VH: torch.Tensor
+    targets_N: torch.Tensor
+    bias_V: torch.Tensor | None
+    lora_a_rH: torch.Tensor | None
+    lora_b_Vr: torch.Tensor | None
+    lora_scale: float
+
+    def needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in self[:6]
+        )
+
+    def head_is_frozen(self) -> bool:
+        """Only the hidden states want a gradient, and no LoRA factor stands between."""
+        others = (self.weight_VH, self.bias_V)
+        return self.lora_a_rH is None and not any(t is not None and t.requires_grad for t in others)
+
+
+def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
+    """What ``F.linear`` does to an input under autocast."""
+    if tensor is None or not torch.is_autocast_enabled(device_type):
+        return tensor
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
+
+
+def _prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> _Inputs:
+    device_type = hidden.device.type
+    hidden, weight, bias = (_cast(t, device_type) for t in (hidden, weight, bias))
+    _check.check_float(op, "hidden", hidden)
+    if hidden.dim() < 2 or weight.dim() != 2 or weight.shape[0] == 0:
+        got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        expected = "hidden [..., H] and weight [V, H] with V > 0"
+        raise _check.fail(op, "hidden, weight", expected, got, "")
+    if hidden.shape[-1] != weight.shape[1]:
+        got = f"{hidden.shape[-1]} in hidden and {weight.shape[1]} in weight"
+        remedy = "The weight is [V, H], as in nn.Linear; do not transpose it."
+        raise _check.fail(op, "hidden, weight", "one hidden size H", got, remedy)
+    _check.check_same_dtype(op, "hidden, weight", hidden, weight)
+    why = "hidden without its last dimension"
+    _check.check_shape(op, "targets", targets, tuple(hidden.shape[:-1]), why)
+    _check.check_targets(op, targets, weight.shape[0], ignore_index)
+    if bias is not None:
+        _check.check_float(op, "bias", bias)
+        _check.check_shape(op, "bias", bias, (weight.shape[0],), "the vocabulary of weight")
+    a, b, scaling = (None, None, 1.0) if lora is None else lora
+    if lora is not None:
+        a, b = _cast(a, device_type), _cast(b, device_type)
+        _check.check_same_dtype(op, "hidden, lora.a", hidden, a)
+        _check.check_same_dtype(op, "hidden, lora.b", hidden, b)
+        if a.dim() != 2 or a.shape[1] != weight.shape[1]:
+            expected = f"[r, {weight.shape[1]}]"
+            raise _check.fail(op, "lora.a", expected, str(tuple(a.shape)), "Pass lora_A.weight.")
+        _check.check_shape(op, "lora.b", b, (weight.shape[0], a.shape[0]), "[V, r]")
+    _check.check_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, lora=a)
+    return _Inputs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, a, b, scaling
+    )
+
+
+def _scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes):
+    """The op's scalar arguments, checked; ``softcap`` None becomes 0."""
+    _check.check_positive(op, "temperature", temperature)
+    if softcap is not None:
+        _check.check_positive(op, "softcap", softcap)
+    if workspace_bytes is None:
+        workspace_bytes = _WORKSPACE_BYTES[hidden.device.type]
+    _check.check_positive(op, "workspace_bytes", workspace_bytes)
+    cap = 0.0 if softcap is None else float(softcap)
+    return float(logit_scale), cap, float(temperature), ignore_index, int(workspace_bytes)
+
+
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    outputs: Sequence[str] = ("logprobs",),
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    saved_logits_bytes: int = 0,
+    lora: LoRA | None = None,
+    differentiable: Sequence[str] | None = None,
+) -> TokenStats:
+    """Statistics of ``softmax(z)`` per token, ``z = hidden @ weight.T``, without holding the logits.
+
+    ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``.
+
+    The gradient flows from ``logprobs``, ``lse`` and ``entropy`` to hidden, weight, bias and the LoRA
+    factors; the others carry none. In matrix passes of ``2 N H V`` FLOP over the active tokens, forward
+    and backward together: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
+
+    Args:
+        hidden: [..., H] float32, bfloat16, float16 or float64, any strides.
+        weight: [V, H] the head's weight, in the type of hidden.
+        targets: [...] int64 token ids, ``ignore_index`` for tokens to skip: those cost nothing, give 0
+            and get a zero gradient.
+        bias: [V] or None.
+        outputs: any of ``logprobs``, ``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logits``,
+            ``is_top1``.
+        temperature: divides the logits.
+        logit_scale: multiplies them, before the soft-cap.
+        softcap: bounds them by a tanh; None for none.
+        ignore_index: the target of tokens to skip.
+        workspace_bytes: bound on the tiles of logits held at a time; default 512 MiB on a GPU, 64 MiB on
+            a CPU (which uses less than that by itself).
+        saved_logits_bytes: with a trained head, logits kept from forward to backward. Each one kept is
+            not recomputed: 4 passes become 3 when all ``4 N V`` bytes fit.
+        lora: a LoRA on the head, whose factors get gradients while ``weight`` stays frozen.
+        differentiable: the outputs whose gradient will be used, if known. With a frozen head a gradient
+            through ``entropy`` or ``lse`` then costs 3 passes in all; None leaves the choice to backward
+            (2 passes if only ``logprobs`` is used, 4 otherwise). Outputs not named are detached.
+
+    Returns:
+        The statistics in float32 (float64 for float64 inputs), each shaped as ``targets``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit; on a CPU also a target out of
+            range (on a GPU it gives NaN at its token, without a synchronisation).
+
+    Example:
+        >>> import torch, fastpo
+        >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> targets = torch.randint(100, (2, 5))
+        >>> stats = fastpo.linear_token_stats(
+        ...     hidden, weight, targets, outputs=("logprobs", "entropy")
+        ... )
+        >>> stats.logprobs.shape, stats.entropy.shape
+        (torch.Size([2, 5]), torch.Size([2, 5]))
+    """
+    op = "linear_token_stats"
+    for name in outputs:
+        if name not in _OUTPUTS:
+            raise _check.fail(op, "outputs", f"names among {_OUTPUTS}", repr(name), "")
+    for name in differentiable or ():
+        if name not in _DIFFERENTIABLE or name not in outputs:
+            expected = f"names among outputs and {_DIFFERENTIABLE}"
+            raise _check.fail(op, "differentiable", expected, repr(name), "")
+    inputs = _prepare(op, hidden, weight, targets, bias, lora, ignore_index)
+    scalars = _scalars(
+        op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
+    )
+    stats = _stats(inputs, scalars, outputs, saved_logits_bytes, differentiable)
+    values = {}
+    for name in outputs:
+        value = getattr(stats, name).view(targets.shape)
+        drop = differentiable is not None and name not in differentiable
+        values[name] = value.detach() if drop else value
+    return TokenStats(**values)
+
+
+def _stats(inputs, scalars, outputs, saved_logits_bytes=0, differentiable=None) -> Stats:
+    """Choose the plan by what requires a gradient, and run the op."""
+    moments = sum(bit for name, bit in MOMENTS.items() if name in outputs)
+    keep_unit_grad, saved_columns = False, 0
+    if inputs.needs_grad():
+        moments |= MOMENTS["entropy"] if "entropy" in outputs else 0
+        only_logprobs = differentiable is None or set(differentiable) <= {"logprobs"}
+        keep_unit_grad = inputs.head_is_frozen() and only_logprobs
+        if not keep_unit_grad and saved_logits_bytes:
+            row_bytes = inputs.hidden_NH.shape[0] * accumulation_dtype(inputs.hidden_NH.dtype).itemsize
+            saved_columns = min(saved_logits_bytes // max(row_bytes, 1), inputs.weight_VH.shape[0])
+    return Stats(
+        *linear_stats(
+            inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, *inputs[3:], *scalars,
+            moments, keep_unit_grad, saved_columns,
+        )
+    )  # fmt: skip
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    saved_logits_bytes: int = 0,
+    lora: LoRA | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of the targets under ``softmax(hidden @ weight.T)``, without the logits.
+
+    Equal to ``log_softmax(F.linear(hidden, weight, bias), -1).gather(-1, targets)`` up to rounding, of
+    which it has less: logits are accumulated and kept in float32 whatever the inputs are, and
+    ``1 - p(target)`` is a sum, so the gradients of confident tokens keep their digits. Never above 0.
+
+    Arguments and errors are those of :func:`linear_token_stats`.
+
+    Returns:
+        [...] float32 (float64 for float64 inputs), nats; 0 at ignored tokens.
+
+    Example:
+        >>> import torch, fastpo
+        >>> hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16)
+        >>> logprobs = fastpo.linear_logprobs(hidden, weight, torch.arange(6))
+        >>> logprobs.sum().backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 16])
+    """
+    op = "linear_logprobs"
+    inputs = _prepare(op, hidden, weight, targets, bias, lora, ignore_index)
+    scalars = _scalars(
+        op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
+    )
+    stats = _stats(inputs, scalars, ("logprobs",), saved_logits_bytes)
+    return stats.logprobs.view(targets.shape)

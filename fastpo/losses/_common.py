@@ -1,0 +1,154 @@
+"""What every loss shares: result types, input checks, reductions and parts of formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Reduction = Literal["mean", "sum", "none"]
+NllMean = Literal["token_mean", "sequence_mean"]
+
+REDUCTIONS = ("mean", "sum", "none")
+NLL_MEANS = ("token_mean", "sequence_mean")
+
+
+class LossOutput(NamedTuple):
+    """Result of a loss over pairs.
+
+    Attributes:
+        loss: 0-d, or [B] with ``reduction="none"``; float32, or float64 for float64 inputs.
+        chosen_rewards: [B] implicit rewards of the chosen responses, detached.
+        rejected_rewards: [B] implicit rewards of the rejected responses, detached.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class UnpairedOutput(NamedTuple):
+    """Result of a loss over single labelled responses.
+
+    Attributes:
+        loss: 0-d, or [B] with ``reduction="none"``; float32, or float64 for float64 inputs.
+        rewards: [B] implicit rewards, detached.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+
+
+def fail(loss: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
+    """The error of every check: what was expected, what came and what to do."""
+    return ValueError(f"fastpo.losses.{loss}: {argument}: expected {expected}, got {got}. {remedy}")
+
+
+def prepare(loss: str, **statistics: Tensor) -> list[Tensor]:
+    """Check per-sequence statistics [B] and bring them to one dtype.
+
+    All must have one shape and one device. Floats narrower than float32 are computed in float32;
+    integer tensors (token counts) take the dtype of the others.
+    """
+    first = next(iter(statistics))
+    shape, device = statistics[first].shape, statistics[first].device
+    dtype = torch.float32
+    for name, tensor in statistics.items():
+        if tensor.ndim != 1:
+            remedy = "Reduce token values first, for example with fastpo.sequence_sums."
+            raise fail(loss, name, "one value per sequence, [B]", f"{list(tensor.shape)}", remedy)
+        if tensor.shape != shape:
+            expected = f"shape {list(shape)} as {first}"
+            remedy = "Give one value per sequence in every argument, in the same order."
+            raise fail(loss, name, expected, f"{list(tensor.shape)}", remedy)
+        if tensor.device != device:
+            remedy = "Move it with .to(device)."
+            raise fail(loss, name, f"device {device} as {first}", f"{tensor.device}", remedy)
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            remedy = "Cast it with .to(torch.float32)."
+            raise fail(loss, name, "real numbers", f"{tensor.dtype}", remedy)
+        if tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in statistics.values()]
+
+
+def check_choice(loss: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise fail(loss, argument, f"one of {', '.join(choices)}", repr(value), "Pick one of them.")
+
+
+def check_positive(loss: str, argument: str, value: float) -> None:
+    """A positive finite number."""
+    if not 0 < value < math.inf:
+        remedy = "Common values lie between 0.01 and 10."
+        raise fail(loss, argument, "a positive finite number", repr(value), remedy)
+
+
+def check_not_negative(loss: str, argument: str, value: float) -> None:
+    """A finite number that is at least zero."""
+    if not 0 <= value < math.inf:
+        raise fail(loss, argument, "a finite number >= 0", repr(value), "0 switches the term off.")
+
+
+def check_finite(loss: str, argument: str, value: float) -> None:
+    """A finite number."""
+    if not math.isfinite(value):
+        raise fail(loss, argument, "a finite number", repr(value), "0 switches it off.")
+
+
+def check_label_smoothing(loss: str, value: float) -> None:
+    """A share of flipped labels, below one half: from there on the pair says nothing."""
+    if not 0 <= value < 0.5:
+        remedy = "It is the assumed share of flipped labels; 0 switches it off."
+        raise fail(loss, "label_smoothing", "a number in [0, 0.5)", repr(value), remedy)
+
+
+def reduce(loss_B: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce [B]; the mean of an empty batch is 0, with zero gradient."""
+    if reduction == "none":
+        return loss_B
+    total = loss_B.sum()
+    return total if reduction == "sum" else total / max(loss_B.shape[0], 1)
+
+
+def mean_logprobs(sums_B: Tensor, counts_B: Tensor) -> Tensor:
+    """Sums over sequences divided by their token counts; an empty sequence gives 0."""
+    return sums_B / counts_B.clamp(min=1)
+
+
+def smoothed_logistic(margin_B: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) logsigmoid(z) - e logsigmoid(-z) for margin z and smoothing e.
+
+    Written as -logsigmoid(z) + e z, by logsigmoid(-z) = logsigmoid(z) - z. Without smoothing the
+    second term is left out: 0 * z would be NaN at an infinite margin.
+    """
+    loss_B = -logsigmoid(margin_B)
+    return loss_B + label_smoothing * margin_B if label_smoothing else loss_B
+
+
+def log_odds(mean_B: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(m), m <= 0, finite with a finite gradient up to p = 1.
+
+    log(1 - p) is taken by the form that keeps its digits on each side of p = 1/2, and with 1 - p
+    held at the machine epsilon or above: at p = 1 the log-odds are 15.9 (float32), not infinite.
+    """
+    guarded_B = mean_B.clamp(max=-torch.finfo(mean_B.dtype).eps)
+    # torch.where differentiates both branches, so each gets arguments at which it is finite.
+    half = -math.log(2)
+    near_one_B = torch.log(-torch.expm1(guarded_B.clamp(min=half)))
+    near_zero_B = torch.log1p(-torch.exp(guarded_B.clamp(max=half)))
+    return mean_B - torch.where(guarded_B > half, near_one_B, near_zero_B)
+
+
+def negative_log_likelihood(sums_B: Tensor, counts_B: Tensor, mean: NllMean) -> Tensor:
+    """[B] terms whose mean is the negative log-likelihood per token.
+
+    ``token_mean`` weighs every token of the batch alike, ``sequence_mean`` every sequence.
+    """
+    if mean == "sequence_mean":
+        return -mean_logprobs(sums_B, counts_B)
+    return -sums_B * (sums_B.shape[0] / counts_B.sum().clamp(min=1))

@@ -1,0 +1,154 @@
+"""Losses over pairs of responses, without a reference model.
+
+All take summed log-probs per response, in nats, and token counts; below, m is a mean log-prob per
+token (sum / count, 0 for an empty response).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastpo.losses._common import (
+    NLL_MEANS,
+    REDUCTIONS,
+    LossOutput,
+    NllMean,
+    Reduction,
+    check_choice,
+    check_finite,
+    check_label_smoothing,
+    check_not_negative,
+    check_positive,
+    fail,
+    log_odds,
+    mean_logprobs,
+    negative_log_likelihood,
+    prepare,
+    reduce,
+    smoothed_logistic,
+)
+
+
+def simpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """SimPO: logistic loss on the difference of mean log-probs, with a target margin.
+
+    z = beta (m_chosen - m_rejected) - gamma;  -logsigmoid(z)  (arXiv:2405.14734, eq. 6). With label
+    smoothing e: -(1 - e) logsigmoid(z) - e logsigmoid(-z), as in the authors' code.
+
+    Args:
+        policy_chosen: [B] summed log-probs of the chosen responses, any float dtype, nats.
+        policy_rejected: [B] the same of the rejected responses.
+        chosen_counts: [B] tokens of the chosen responses.
+        rejected_counts: [B] tokens of the rejected responses.
+        beta: scale of the mean log-probs, > 0.
+        gamma: target margin, on the scale of the rewards; positive in the paper.
+        label_smoothing: e, assumed share of flipped labels, in [0, 0.5).
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Returns:
+        LossOutput; the rewards are beta m.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> sums, counts = torch.tensor([[-2.5], [-2.7]]), torch.tensor([[3], [2]])
+        >>> out = simpo(*sums, *counts)
+        >>> round(out.loss.item(), 4)
+        0.4616
+    """
+    check_positive("simpo", "beta", beta)
+    check_finite("simpo", "gamma", gamma)
+    check_label_smoothing("simpo", label_smoothing)
+    check_choice("simpo", "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B, chosen_counts_B, rejected_counts_B = prepare(
+        "simpo",
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        chosen_counts=chosen_counts,
+        rejected_counts=rejected_counts,
+    )
+    chosen_rewards_B = beta * mean_logprobs(chosen_B, chosen_counts_B)
+    rejected_rewards_B = beta * mean_logprobs(rejected_B, rejected_counts_B)
+    loss_B = smoothed_logistic(chosen_rewards_B - rejected_rewards_B - gamma, label_smoothing)
+    loss = reduce(loss_B, reduction)
+    return LossOutput(loss, chosen_rewards_B.detach(), rejected_rewards_B.detach())
+
+
+def orpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    beta: float = 0.1,
+    nll_mean: NllMean = "token_mean",
+    nll_sums: Tensor | None = None,
+    nll_counts: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """ORPO: likelihood of the chosen response plus a logistic loss on the difference of log-odds.
+
+    NLL - beta logsigmoid(lo(m_chosen) - lo(m_rejected)),  lo(m) = m - log(1 - exp m)
+    (arXiv:2403.07691, eq. 6 and 7; the paper's lambda is beta here, as in TRL). The log-odds stay
+    finite at p = 1: 1 - p is held at the machine epsilon or above.
+
+    The NLL is averaged over all tokens of the batch (``token_mean``), or over the tokens of a
+    sequence and then over sequences (``sequence_mean``, the paper). With ``token_mean`` each pair
+    carries its share, so that the mean of ``reduction="none"`` is the reduced loss. TRL's ORPO
+    trainer takes the NLL over prompt and response: give it those by ``nll_sums``, ``nll_counts``.
+
+    Args:
+        policy_chosen: [B] summed log-probs of the chosen responses, any float dtype, nats.
+        policy_rejected: [B] the same of the rejected responses.
+        chosen_counts: [B] tokens of the chosen responses.
+        rejected_counts: [B] tokens of the rejected responses.
+        beta: weight of the odds-ratio term, >= 0.
+        nll_mean: ``token_mean`` or ``sequence_mean``.
+        nll_sums: [B] summed log-probs the NLL is taken over; ``policy_chosen`` if not given.
+        nll_counts: [B] tokens of ``nll_sums``; both or neither.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Returns:
+        LossOutput; the rewards are beta m, as TRL reports them.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> sums, counts = torch.tensor([[-2.5], [-2.7]]), torch.tensor([[3], [2]])
+        >>> out = orpo(*sums, *counts)
+        >>> round(out.loss.item(), 4)
+        0.8709
+    """
+    check_not_negative("orpo", "beta", beta)
+    check_choice("orpo", "nll_mean", nll_mean, NLL_MEANS)
+    check_choice("orpo", "reduction", reduction, REDUCTIONS)
+    if (nll_sums is None) != (nll_counts is None):
+        remedy = "Pass the other one as well."
+        raise fail("orpo", "nll_sums, nll_counts", "both or neither", "one of them", remedy)
+    chosen_B, rejected_B, chosen_counts_B, rejected_counts_B, nll_sums_B, nll_counts_B = prepare(
+        "orpo",
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        chosen_counts=chosen_counts,
+        rejected_counts=rejected_counts,
+        nll_sums=policy_chosen if nll_sums is None else nll_sums,
+        nll_counts=chosen_counts if nll_counts is None else nll_counts,
+    )
+    chosen_mean_B = mean_logprobs(chosen_B, chosen_counts_B)
+    rejected_mean_B = mean_logprobs(rejected_B, rejected_counts_B)
+    odds_B = smoothed_logistic(log_odds(chosen_mean_B) - log_odds(rejected_mean_B), 0.0)
+    loss_B = negative_log_likelihood(nll_sums_B, nll_counts_B, nll_mean) + beta * odds_B
+    loss = reduce(loss_B, reduction)
+    return LossOutput(loss, beta * chosen_mean_B.detach(), beta * rejected_mean_B.detach())

@@ -1,0 +1,1 @@
+"""The torch ops, one file each: schema, shapes for tracing, autograd, allocation and checks."""

@@ -1,0 +1,295 @@
+"""The loops over tiles: matrix products by torch between two kernel calls.
+
+One pass is one product of 2 N H V FLOP over the active rows. Without a gradient there is one pass. With
+a frozen head ``forward`` makes two and ``backward`` none, because the log-prob's gradient by the hidden
+state is known up to a factor per row. Otherwise ``forward`` makes one and ``backward`` one to recompute
+the logits it did not keep, one for the hidden gradient and one for the weight's.
+
+Rows whose target is ignored never enter a product, and rows without an upstream gradient never enter
+the backward's. Finding them reads one count from the device, except while a CUDA graph is captured: then
+all rows enter, to the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastpo import backends
+from fastpo.tiles import MOMENTS, RowState, Tile, accumulation_dtype
+
+# A tile has at most this many rows: enough for the products to run at full speed, and the accumulators
+# beside it stay small.
+_ROWS = {"cpu": 1024, "cuda": 4096}
+# On a CPU a wider tile falls out of the caches, which costs more than the product gains.
+_COLUMNS = {"cpu": 2048, "cuda": 1 << 16}
+_ALIGN = 128
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool) -> None:
+    """``out = a @ b`` or ``out += a @ b``, never rounded below ``out``'s own type."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
+def _kept(keep_N: torch.Tensor) -> torch.Tensor | None:
+    """Indices of the rows to keep, None when that is all of them."""
+    if keep_N.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = keep_N.nonzero().squeeze(1)
+    return None if rows.shape[0] == keep_N.shape[0] else rows
+
+
+class _Rows:
+    """The kept rows of [N] and [N, ...] tensors, gathered block by block."""
+
+    def __init__(self, rows: torch.Tensor | None, N: int) -> None:
+        self.index = rows
+        self.count = N if rows is None else rows.shape[0]
+
+    def take(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        if self.index is None:
+            return tensor[start:stop]
+        return tensor.index_select(0, self.index[start:stop])
+
+    def take_all(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else self.take(tensor, 0, self.count)
+
+    def indices(self, start: int, stop: int) -> torch.Tensor | None:
+        return None if self.index is None else self.index[start:stop]
+
+    def scatter(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        if self.index is None:
+            out.copy_(values)
+        else:
+            out.index_copy_(0, self.index, values.to(out.dtype))
+
+
+class _Head:
+    """The head's weight, bias and LoRA factors in vocabulary slices, and what they are multiplied in.
+
+    A CPU multiplies bf16 and fp16 by emulation, so there slices are converted to fp32 one at a time.
+    CUDA multiplies them as they are and writes fp32.
+    """
+
+    def __init__(self, hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature):
+        self.acc = accumulation_dtype(hidden.dtype)
+        self.compute = self.acc if hidden.device.type == "cpu" else hidden.dtype
+        self.vocab = weight.shape[0]
+        self._weight_VH, self._lora_b_Vr, self._lora_scale = weight, lora_b, lora_scale
+        self.lora_a_rH = None if lora_a is None else lora_a.to(self.compute)
+        self._bias_V = None if bias is None else bias.to(self.acc)
+        self.transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
+
+    def weight(self, start: int, stop: int) -> torch.Tensor:
+        return self._weight_VH[start:stop].to(self.compute)
+
+    def lora_b(self, start: int, stop: int) -> torch.Tensor:
+        return (self._lora_b_Vr[start:stop] * self._lora_scale).to(self.compute)
+
+    def lora_hidden(self, hidden_nH: torch.Tensor) -> torch.Tensor | None:
+        """``hidden @ A^T``, the LoRA branch before B."""
+        return None if self.lora_a_rH is None else hidden_nH @ self.lora_a_rH.t()
+
+    def logits(self, hidden_nH, lora_nr, weight_vH, start, out_nv) -> torch.Tensor:
+        """Raw logits of the slice that begins at ``start``, without the bias, into ``out``."""
+        multiply(hidden_nH, weight_vH.t(), out_nv, add=False)
+        if lora_nr is not None:
+            multiply(lora_nr, self.lora_b(start, start + weight_vH.shape[0]).t(), out_nv, add=True)
+        return out_nv
+
+    def tile(self, logits_nv, targets_n, start: int, ignore_index: int) -> Tile:
+        bias_v = None
+        if self._bias_V is not None:
+            bias_v = self._bias_V[start : start + logits_nv.shape[1]]
+        return Tile(logits_nv, targets_n, start, bias_v, ignore_index=ignore_index, **self.transform)
+
+
+class _Workspace:
+    """Buffers for one tile: the logits, and their weights or gradients in the type to multiply."""
+
+    def __init__(self, head: _Head, count: int, workspace_bytes: int, device: torch.device) -> None:
+        self.rows = max(min(count, _ROWS[device.type]), 1)
+        separate = head.compute != head.acc
+        element_bytes = head.acc.itemsize + (head.compute.itemsize if separate else 0)
+        columns = workspace_bytes // (self.rows * element_bytes)
+        columns = min(columns, _COLUMNS[device.type], head.vocab)
+        self.columns = max(columns - columns % _ALIGN if columns > _ALIGN else columns, 1)
+        size = self.rows * self.columns
+        self._logits = torch.empty(size, dtype=head.acc, device=device)
+        self._product = self._logits
+        if separate:
+            self._product = torch.empty(size, dtype=head.compute, device=device)
+
+    def logits(self, n: int, v: int) -> torch.Tensor:
+        return self._logits[: n * v].view(n, v)
+
+    def product(self, n: int, v: int) -> torch.Tensor:
+        return self._product[: n * v].view(n, v)
+
+
+def forward(
+    hidden, weight, targets, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature,
+    ignore_index, workspace_bytes, moments, keep_unit_grad, saved_columns,
+):  # fmt: skip
+    """One pass over the logits, a second one with ``keep_unit_grad``. Returns ``ops.Stats`` fields."""
+    (N, H), device = hidden.shape, hidden.device
+    head = _Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
+    kernels = backends.kernels(device)
+
+    def zeros(wanted: bool, dtype: torch.dtype = head.acc) -> torch.Tensor:
+        return torch.zeros(N if wanted else 0, dtype=dtype, device=device)
+
+    outputs = {"logprobs": zeros(True), "lse": zeros(True)}
+    for name, bit in MOMENTS.items():
+        outputs[name] = zeros(bool(moments & bit), torch.bool if name == "is_top1" else head.acc)
+    asked = {name: tensor for name, tensor in outputs.items() if tensor.shape[0]}
+    unit_grad_NH = torch.zeros((N if keep_unit_grad else 0, H), dtype=hidden.dtype, device=device)
+    saved_NS = torch.empty(
+        (N if saved_columns else 0, saved_columns), dtype=head.acc, device=device
+    )
+    rows = _Rows(_kept(targets != ignore_index), N)
+    workspace = _Workspace(head, rows.count, workspace_bytes, device)
+    if keep_unit_grad:
+        partial = torch.empty((workspace.rows, H), dtype=head.acc, device=device)
+
+    for first, last in _spans(0, rows.count, workspace.rows):
+        n = last - first
+        hidden_nH = rows.take(hidden, first, last).to(head.compute)
+        targets_n = rows.take(targets, first, last)
+        lora_nr = head.lora_hidden(hidden_nH)
+        state = RowState.start(n, head.acc, device, moments)
+        for start, stop in _slices(head.vocab, workspace.columns, saved_columns):
+            weight_vH = head.weight(start, stop)
+            out_nv = workspace.logits(n, stop - start)
+            if stop <= saved_columns:
+                out_nv = saved_NS[first:last, start:stop]
+            logits_nv = head.logits(hidden_nH, lora_nr, weight_vH, start, out_nv)
+            tile = head.tile(logits_nv, targets_n, start, ignore_index)
+            if not keep_unit_grad:
+                kernels.chunk_stats(tile, state)
+                continue
+            weights_nv = workspace.product(n, stop - start)
+            kernels.chunk_weights(tile, state, weights_nv, partial[:n] if start else None)
+            multiply(weights_nv, weight_vH, partial[:n], add=start > 0)
+        where = {"rows": rows.indices(first, last)}
+        kernels.finish_stats(
+            state, targets_n, vocab=head.vocab, ignore_index=ignore_index, **where, **asked
+        )
+        if keep_unit_grad:
+            # A target out of range has poisoned its state; here it only must not be read.
+            target_rows_nH = weight.index_select(0, targets_n.clamp(0, head.vocab - 1))
+            kernels.finish_weights(
+                state, partial[:n], target_rows_nH, unit_grad_NH, **where, **head.transform
+            )
+    return *outputs.values(), unit_grad_NH, saved_NS
+
+
+def _slices(vocab: int, step: int, saved_columns: int) -> Iterator[tuple[int, int]]:
+    """Vocabulary slices, none of which crosses the end of the saved columns."""
+    yield from _spans(0, saved_columns, step)
+    yield from _spans(saved_columns, vocab, step)
+
+
+def backward(
+    hidden, weight, targets, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature,
+    ignore_index, workspace_bytes, logprobs, lse, entropy, saved_logits, grad_logprobs, grad_lse,
+    grad_entropy, needs,
+):  # fmt: skip
+    """Gradients by hidden, weight, bias, LoRA A and B; those not in ``needs`` are empty."""
+    (N, H), device = hidden.shape, hidden.device
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    results = [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+    dX_NH, dW_VH, db_V, dA_rH, dB_Vr = results
+    needs_hidden, needs_weight, needs_bias, needs_a, needs_b = needs
+    head = _Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
+    kernels = backends.kernels(device)
+    saved_columns = saved_logits.shape[1]
+
+    active_N = targets != ignore_index
+    moved_N = torch.zeros_like(active_N)
+    for grad_N in (grad_logprobs, grad_lse, grad_entropy):
+        if grad_N is not None:
+            moved_N |= grad_N != 0
+    rows = _Rows(_kept(active_N & moved_N), N)
+    saved_rows = _Rows(None, N)  # saved logits hold the active rows only, in their order
+    if saved_columns and rows.index is not None:
+        saved_rows = _Rows((active_N.cumsum(0) - 1).index_select(0, rows.index), N)
+    if rows.count == 0:
+        return tuple(results)
+    workspace = _Workspace(head, rows.count, workspace_bytes, device)
+    targets_n, logprobs_n, lse_n = (rows.take_all(t) for t in (targets, logprobs, lse))
+    entropy_n = rows.take_all(entropy) if grad_entropy is not None else None
+    grads = [rows.take_all(g) for g in (grad_logprobs, grad_lse, grad_entropy)]
+
+    def buffer(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return torch.zeros(shape, dtype=head.acc, device=device) if wanted else None
+
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    needs_lora = needs_a or (needs_hidden and rank > 0)
+    dhidden_nH = buffer(needs_hidden, rows.count, H)
+    dlora_nr = buffer(needs_lora, rows.count, rank)
+    # Summed over the rows in fp32 and rounded once, slice by slice: no [V, H] buffer.
+    dweight_vH = buffer(needs_weight, workspace.columns, H)
+    dlora_b_vr = buffer(needs_b, workspace.columns, rank)
+
+    for start, stop in _slices(head.vocab, workspace.columns, saved_columns):
+        weight_vH, v = head.weight(start, stop), stop - start
+        for first, last in _spans(0, rows.count, workspace.rows):
+            n, block = last - first, slice(first, last)
+            hidden_nH = rows.take(hidden, first, last).to(head.compute)
+            lora_nr = head.lora_hidden(hidden_nH)
+            if stop <= saved_columns:
+                logits_nv = saved_rows.take(saved_logits, first, last)[:, start:stop]
+            else:
+                out_nv = workspace.logits(n, v)
+                logits_nv = head.logits(hidden_nH, lora_nr, weight_vH, start, out_nv)
+            dlogits_nv = workspace.product(n, v)
+            kernels.chunk_grad(
+                head.tile(logits_nv, targets_n[block], start, ignore_index),
+                dlogits_nv,
+                logprobs=logprobs_n[block],
+                lse=lse_n[block],
+                entropy=None if entropy_n is None else entropy_n[block],
+                grad_logprobs=None if grads[0] is None else grads[0][block],
+                grad_lse=None if grads[1] is None else grads[1][block],
+                grad_entropy=None if grads[2] is None else grads[2][block],
+            )
+            if needs_hidden:
+                multiply(dlogits_nv, weight_vH, dhidden_nH[block], add=start > 0)
+            if needs_weight:
+                multiply(dlogits_nv.t(), hidden_nH, dweight_vH[:v], add=first > 0)
+            if needs_bias:
+                db_V[start:stop] += dlogits_nv.sum(0, dtype=head.acc)
+            if needs_lora:
+                multiply(dlogits_nv, head.lora_b(start, stop), dlora_nr[block], add=start > 0)
+            if needs_b:
+                multiply(dlogits_nv.t(), lora_nr, dlora_b_vr[:v], add=first > 0)
+        if needs_weight:
+            dW_VH[start:stop] = dweight_vH[:v]
+        if needs_b:
+            dB_Vr[start:stop] = dlora_b_vr[:v] * lora_scale
+    if needs_lora:
+        dlora_nr = dlora_nr.to(head.compute)
+        if needs_hidden:
+            multiply(dlora_nr, head.lora_a_rH, dhidden_nH, add=True)
+        if needs_a:
+            da_rH = buffer(True, rank, H)
+            multiply(dlora_nr.t(), rows.take_all(hidden).to(head.compute), da_rH, add=False)
+            dA_rH.copy_(da_rH)
+    if needs_hidden:
+        rows.scatter(dhidden_nH, dX_NH)
+    return tuple(results)

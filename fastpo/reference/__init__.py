@@ -1,0 +1,20 @@
+"""The specification of every kernel: slow, obvious torch code with the kernels' own signatures.
+
+A backend is an object with these names; this package is the backend called ``reference``.
+"""
+
+from fastpo.reference.chunk_grad import chunk_grad
+from fastpo.reference.chunk_stats import chunk_stats
+from fastpo.reference.chunk_weights import chunk_weights
+from fastpo.reference.finish_stats import finish_stats
+from fastpo.reference.finish_weights import finish_weights
+from fastpo.reference.scale_rows import scale_rows
+
+__all__ = [
+    "chunk_grad",
+    "chunk_stats",
+    "chunk_weights",
+    "finish_stats",
+    "finish_weights",
+    "scale_rows",
+]
