@@ -102,10 +102,10 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
   m.def(
       "finish_stats",
       [](int dtype, STATE_PARAMETERS, int64_t n, int64_t vocab, Address targets,
-         int64_t ignore_index, Address logprobs, Address lse, Address entropy,
+         int64_t ignore_index, Address logprobs, Address lse, Address lse_low, Address entropy,
          Address log_sum_sq_probs, Address mean_logits, Address is_top1, Address rows,
          LAUNCH_PARAMETERS) {
-        const StatsOut out{at(logprobs),         at(lse),         at(entropy),
+        const StatsOut out{at(logprobs),         at(lse),         at(lse_low),           at(entropy),
                            at(log_sum_sq_probs), at(mean_logits), at<uint8_t>(is_top1),
                            at<const int64_t>(rows)};
         run("finish_stats", [&] {
@@ -116,6 +116,7 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
       },
       py::kw_only(), py::arg("dtype"), STATE_ARGUMENTS, py::arg("n"), py::arg("vocab"),
       py::arg("targets"), py::arg("ignore_index"), py::arg("logprobs"), py::arg("lse"),
+      py::arg("lse_low"),
       py::arg("entropy"), py::arg("log_sum_sq_probs"), py::arg("mean_logits"),
       py::arg("is_top1"), py::arg("rows"), LAUNCH_ARGUMENTS);
 
@@ -141,15 +142,15 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
 
   m.def(
       "chunk_grad",
-      [](TILE_PARAMETERS, OUT_PARAMETERS, Address logprobs, Address lse, Address entropy,
+      [](TILE_PARAMETERS, OUT_PARAMETERS, Address logprobs, Address lse, Address lse_low, Address entropy,
          Address grad_logprobs, Address grad_entropy, Address grad_lse, LAUNCH_PARAMETERS) {
-        const RowGrads rows{at(logprobs),      at(lse),          at(entropy),
+        const RowGrads rows{at(logprobs),      at(lse),          at(lse_low), at(entropy),
                             at(grad_logprobs), at(grad_entropy), at(grad_lse)};
         run("chunk_grad",
             [&] { return FASTPO_BACKEND::chunk_grad(TILE, rows, OUT, at(stream), threads); });
       },
       py::kw_only(), TILE_ARGUMENTS, OUT_ARGUMENTS, py::arg("logprobs"), py::arg("lse"),
-      py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"),
+      py::arg("lse_low"), py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"),
       LAUNCH_ARGUMENTS);
 
   m.def(

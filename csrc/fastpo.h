@@ -76,21 +76,60 @@ struct TileOut {
   int64_t row_stride;
 };
 
+// Outputs of finish_stats, any of which may be null; acc [*] unless noted.
+struct StatsOut {
+  void *logprobs, *lse, *lse_low, *entropy, *log_sum_sq_probs, *mean_logits;
+  uint8_t* is_top1;
+  const int64_t* rows;
+};
+
+// Arguments of finish_weights. dtype is the type of target_rows = W[targets] [n, hidden] and of
+// unit_grad; partial is acc.
+struct UnitGrad {
+  DType dtype;
+  const void* partial;  // acc [n, hidden]
+  int64_t partial_stride;
+  const void* target_rows;  // [n, hidden]
+  int64_t target_rows_stride;
+  void* unit_grad;  // [*, hidden]
+  int64_t unit_grad_stride;
+  const int64_t* rows;  // [n] or null
+  int64_t n, hidden;
+  double scale, softcap, temperature;
+};
+
+// Per row, acc, each gradient null or [n].
+struct RowGrads {
+  const void *logprobs, *lse, *lse_low, *entropy;       // forward values; entropy only needed with h
+  const void *grad_logprobs, *grad_entropy, *grad_lse;  // g, h, k
+};
+
+// Sequence b is values[offsets[b] .. offsets[b+1]) when offsets is given, else row b of [B, T] with
+// its strides.
+struct Segments {
+  DType dtype;                 // of values and reference
+  const void* values;          // [total] or [B, T]
+  const void* reference;       // same shape, or null
+  const void* weights;         // acc, same shape, or null
+  const uint8_t* mask;         // same shape, or null
+  int64_t values_stride, reference_stride, weights_stride, mask_stride;  // between rows of [B, T]
+  const int64_t* offsets;      // [B + 1] or null
+  int64_t B, T;                // T is unused with offsets
+};
+
 namespace FASTPO_BACKEND {
 
 // Fold a tile into the running state.
 int chunk_stats(const Tile& tile, const RowState& state, void* stream, int threads);
 
 // Running state -> outputs, any of which may be null; acc [*] unless noted, row i of the state is
-// written to index rows[i], or i when rows is null. With d = z_y - (kMax + log kSumExp):
+// written to index rows[i], or i when rows is null. With d = (z_y - kMax) - log kSumExp:
 //   logprobs = -softplus(-d) <= 0,   lse = logsumexp_v z_v
+//   lse_low = what rounding took from lse: with top = max(kMax, z_y) and
+//     log_sum = log(kSumExp exp(kMax - top) + exp(z_y - top)), it is log_sum - (lse - top); so
+//     (z - lse) - lse_low is as exact as (z - top) - log_sum, whatever offset the logits share
 //   entropy = -sum_v p_v log p_v,    log_sum_sq_probs = log sum_v p_v^2
 //   mean_logits = kSumLogits / vocab,  is_top1 (uint8) = argmax_v z_v == y, first index on ties
-struct StatsOut {
-  void *logprobs, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
-  uint8_t* is_top1;
-  const int64_t* rows;
-};
 int finish_stats(DType acc, const RowState& state, int64_t n, int64_t vocab, const int64_t* targets,
                  int64_t ignore_index, const StatsOut& out, void* stream, int threads);
 
@@ -105,28 +144,13 @@ int chunk_weights(const Tile& tile, const RowState& state, const TileOut& weight
 // Frozen head: the gradient of the log-prob with respect to the hidden state, for row rows[i] (or i)
 //   unit_grad = (scale / temperature) * (1 - p_y) * (cap'_y * W_y - partial_i / kSumExp)
 // dtype is the type of target_rows = W[targets] [n, hidden] and of unit_grad; acc that of the rest.
-struct UnitGrad {
-  DType dtype;
-  const void* partial;  // acc [n, hidden]
-  int64_t partial_stride;
-  const void* target_rows;  // [n, hidden]
-  int64_t target_rows_stride;
-  void* unit_grad;  // [*, hidden]
-  int64_t unit_grad_stride;
-  const int64_t* rows;  // [n] or null
-  int64_t n, hidden;
-  double scale, softcap, temperature;
-};
 int finish_weights(const UnitGrad& args, const RowState& state, void* stream, int threads);
 
 // Tile -> gradient of the loss with respect to the raw logits. Per row, acc, each gradient null or [n]:
 //   dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + k p_v,   1 - p_y = -expm1(logprob)
+//   log p_v = (z_v - lse) - lse_low
 //   dlogit_v = dz_v * cap'_v * scale / temperature
 // g, h, k being the upstream gradients of logprobs, entropy and lse.
-struct RowGrads {
-  const void *logprobs, *lse, *entropy;                 // forward values; entropy only needed with h
-  const void *grad_logprobs, *grad_entropy, *grad_lse;  // g, h, k
-};
 int chunk_grad(const Tile& tile, const RowGrads& rows, const TileOut& out, void* stream, int threads);
 
 // out[i, :] = factors[i] * input[i, :], the product formed in acc and rounded once. factors acc [n].
@@ -139,16 +163,6 @@ int scale_rows(DType dtype, const void* input, int64_t input_stride, const void*
 // Sequence b is values[offsets[b] .. offsets[b+1]) when offsets is given, else row b of [B, T] with
 // its strides. Positions outside the mask are never multiplied: NaN and inf there do no harm.
 // Summation order is fixed by the sequence's length alone: same bits on every run.
-struct Segments {
-  DType dtype;                 // of values and reference
-  const void* values;          // [total] or [B, T]
-  const void* reference;       // same shape, or null
-  const void* weights;         // acc, same shape, or null
-  const uint8_t* mask;         // same shape, or null
-  int64_t values_stride, reference_stride, weights_stride, mask_stride;  // between rows of [B, T]
-  const int64_t* offsets;      // [B + 1] or null
-  int64_t B, T;                // T is unused with offsets
-};
 int segment_sums(const Segments& segments, void* sums, int64_t* counts, void* stream, int threads);
 
 // Backward of segment_sums; grad_sums acc [B]. Each output is null or laid out as its input, packed

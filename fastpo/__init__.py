@@ -5,9 +5,16 @@ G group size, T positions, H hidden, V vocabulary, K choices, E flattened elemen
 logarithms.
 """
 
-import fastpo.losses as losses
-from fastpo import backends
+from fastpo import backends, losses
 from fastpo.linear import LoRA, TokenStats, linear_logprobs, linear_token_stats
+from fastpo.logits import logprobs
+from fastpo.nll import linear_nll
+from fastpo.sequences import (
+    sequence_counts,
+    sequence_log_ratios,
+    sequence_means,
+    sequence_sums,
+)
 
 __version__ = "0.1.0"
 
@@ -16,6 +23,12 @@ __all__ = [
     "TokenStats",
     "backends",
     "linear_logprobs",
+    "linear_nll",
     "linear_token_stats",
+    "logprobs",
     "losses",
+    "sequence_counts",
+    "sequence_log_ratios",
+    "sequence_means",
+    "sequence_sums",
 ]

@@ -113,7 +113,7 @@ class NativeKernels:
         rows: torch.Tensor | None = None,
         **outputs: torch.Tensor | None,
     ) -> None:
-        names = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        names = ("logprobs", "lse", "lse_low", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         arguments = _state(state) | {name: _pointer(outputs.get(name)) for name in names}
         arguments |= {
             "dtype": _DTYPES[state.values_Sn.dtype],
@@ -161,11 +161,13 @@ class NativeKernels:
         *,
         logprobs: torch.Tensor,
         lse: torch.Tensor,
+        lse_low: torch.Tensor,
         **row_values: torch.Tensor | None,
     ) -> None:
         names = ("entropy", "grad_logprobs", "grad_entropy", "grad_lse")
         arguments = _tile(tile) | _out(out_nv) | {n: _pointer(row_values.get(n)) for n in names}
-        arguments |= {"logprobs": logprobs.data_ptr(), "lse": lse.data_ptr()}
+        forward = {"logprobs": logprobs, "lse": lse, "lse_low": lse_low}
+        arguments |= {name: value.data_ptr() for name, value in forward.items()}
         self._call("chunk_grad", tile.logits_nv, arguments)
 
     def scale_rows(

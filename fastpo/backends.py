@@ -85,6 +85,11 @@ def has_cuda() -> bool:
     return not _load("cuda")[1] and torch.cuda.is_available()
 
 
+def sim_thread_order(order: int) -> None:
+    """Run the simulator's threads in ascending (0), descending (1) or shuffled (2) order."""
+    importlib.import_module("fastpo._sim").set_thread_order(order)
+
+
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Serve every call inside the block by ``backend``, for all threads of the process.

@@ -50,7 +50,7 @@ class TokenStats(NamedTuple):
     is_top1: torch.Tensor | None = None
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """Arguments of a public function, checked, cast and flattened."""
 
     hidden_NH: torch.Tensor
@@ -80,7 +80,7 @@ def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
 
 
-def _prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> _Inputs:
+def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
     device_type = hidden.device.type
     hidden, weight, bias = (_cast(t, device_type) for t in (hidden, weight, bias))
     _check.check_float(op, "hidden", hidden)
@@ -109,12 +109,12 @@ def _prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> _Inputs:
             raise _check.fail(op, "lora.a", expected, str(tuple(a.shape)), "Pass lora_A.weight.")
         _check.check_shape(op, "lora.b", b, (weight.shape[0], a.shape[0]), "[V, r]")
     _check.check_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, lora=a)
-    return _Inputs(
+    return Inputs(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, a, b, scaling
     )
 
 
-def _scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes):
+def scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes):
     """The op's scalar arguments, checked; ``softcap`` None becomes 0."""
     _check.check_positive(op, "temperature", temperature)
     if softcap is not None:
@@ -196,11 +196,11 @@ def linear_token_stats(
         if name not in _DIFFERENTIABLE or name not in outputs:
             expected = f"names among outputs and {_DIFFERENTIABLE}"
             raise _check.fail(op, "differentiable", expected, repr(name), "")
-    inputs = _prepare(op, hidden, weight, targets, bias, lora, ignore_index)
-    scalars = _scalars(
+    inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
+    numbers = scalars(
         op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
     )
-    stats = _stats(inputs, scalars, outputs, saved_logits_bytes, differentiable)
+    stats = run(inputs, numbers, outputs, saved_logits_bytes, differentiable)
     values = {}
     for name in outputs:
         value = getattr(stats, name).view(targets.shape)
@@ -209,7 +209,7 @@ def linear_token_stats(
     return TokenStats(**values)
 
 
-def _stats(inputs, scalars, outputs, saved_logits_bytes=0, differentiable=None) -> Stats:
+def run(inputs, numbers, outputs, saved_logits_bytes=0, differentiable=None) -> Stats:
     """Choose the plan by what requires a gradient, and run the op."""
     moments = sum(bit for name, bit in MOMENTS.items() if name in outputs)
     keep_unit_grad, saved_columns = False, 0
@@ -222,7 +222,7 @@ def _stats(inputs, scalars, outputs, saved_logits_bytes=0, differentiable=None) 
             saved_columns = min(saved_logits_bytes // max(row_bytes, 1), inputs.weight_VH.shape[0])
     return Stats(
         *linear_stats(
-            inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, *inputs[3:], *scalars,
+            inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, *inputs[3:], *numbers,
             moments, keep_unit_grad, saved_columns,
         )
     )  # fmt: skip
@@ -262,9 +262,9 @@ def linear_logprobs(
         torch.Size([6, 16])
     """
     op = "linear_logprobs"
-    inputs = _prepare(op, hidden, weight, targets, bias, lora, ignore_index)
-    scalars = _scalars(
+    inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
+    numbers = scalars(
         op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
     )
-    stats = _stats(inputs, scalars, ("logprobs",), saved_logits_bytes)
+    stats = run(inputs, numbers, ("logprobs",), saved_logits_bytes)
     return stats.logprobs.view(targets.shape)

@@ -24,6 +24,7 @@ from fastpo.tiles import MOMENTS, RowState, Tile, accumulation_dtype
 _ROWS = {"cpu": 1024, "cuda": 4096}
 # On a CPU a wider tile falls out of the caches, which costs more than the product gains.
 _COLUMNS = {"cpu": 2048, "cuda": 1 << 16}
+# Tiles are a multiple of this wide, and never narrower: thinner ones would sum in too many roundings.
 _ALIGN = 128
 
 
@@ -37,12 +38,12 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool) 
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 
 
-def _kept(keep_N: torch.Tensor) -> torch.Tensor | None:
+def kept(keep_N: torch.Tensor) -> torch.Tensor | None:
     """Indices of the rows to keep, None when that is all of them."""
     if keep_N.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
@@ -50,7 +51,7 @@ def _kept(keep_N: torch.Tensor) -> torch.Tensor | None:
     return None if rows.shape[0] == keep_N.shape[0] else rows
 
 
-class _Rows:
+class Rows:
     """The kept rows of [N] and [N, ...] tensors, gathered block by block."""
 
     def __init__(self, rows: torch.Tensor | None, N: int) -> None:
@@ -68,14 +69,14 @@ class _Rows:
     def indices(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.index is None else self.index[start:stop]
 
-    def scatter(self, values: torch.Tensor, out: torch.Tensor) -> None:
+    def scatter(self, values: torch.Tensor, out: torch.Tensor, start: int, stop: int) -> None:
         if self.index is None:
-            out.copy_(values)
+            out[start:stop] = values
         else:
-            out.index_copy_(0, self.index, values.to(out.dtype))
+            out.index_copy_(0, self.index[start:stop], values.to(out.dtype))
 
 
-class _Head:
+class Head:
     """The head's weight, bias and LoRA factors in vocabulary slices, and what they are multiplied in.
 
     A CPU multiplies bf16 and fp16 by emulation, so there slices are converted to fp32 one at a time.
@@ -99,7 +100,11 @@ class _Head:
 
     def lora_hidden(self, hidden_nH: torch.Tensor) -> torch.Tensor | None:
         """``hidden @ A^T``, the LoRA branch before B."""
-        return None if self.lora_a_rH is None else hidden_nH @ self.lora_a_rH.t()
+        if self.lora_a_rH is None:
+            return None
+        lora_nr = hidden_nH.new_empty((hidden_nH.shape[0], self.lora_a_rH.shape[0]))
+        multiply(hidden_nH, self.lora_a_rH.t(), lora_nr, add=False)
+        return lora_nr
 
     def logits(self, hidden_nH, lora_nr, weight_vH, start, out_nv) -> torch.Tensor:
         """Raw logits of the slice that begins at ``start``, without the bias, into ``out``."""
@@ -115,16 +120,16 @@ class _Head:
         return Tile(logits_nv, targets_n, start, bias_v, ignore_index=ignore_index, **self.transform)
 
 
-class _Workspace:
+class Workspace:
     """Buffers for one tile: the logits, and their weights or gradients in the type to multiply."""
 
-    def __init__(self, head: _Head, count: int, workspace_bytes: int, device: torch.device) -> None:
+    def __init__(self, head: Head, count: int, workspace_bytes: int, device: torch.device) -> None:
         self.rows = max(min(count, _ROWS[device.type]), 1)
         separate = head.compute != head.acc
         element_bytes = head.acc.itemsize + (head.compute.itemsize if separate else 0)
         columns = workspace_bytes // (self.rows * element_bytes)
-        columns = min(columns, _COLUMNS[device.type], head.vocab)
-        self.columns = max(columns - columns % _ALIGN if columns > _ALIGN else columns, 1)
+        columns = max(min(columns, _COLUMNS[device.type]), _ALIGN)
+        self.columns = min(columns - columns % _ALIGN, head.vocab)
         size = self.rows * self.columns
         self._logits = torch.empty(size, dtype=head.acc, device=device)
         self._product = self._logits
@@ -144,13 +149,13 @@ def forward(
 ):  # fmt: skip
     """One pass over the logits, a second one with ``keep_unit_grad``. Returns ``ops.Stats`` fields."""
     (N, H), device = hidden.shape, hidden.device
-    head = _Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
+    head = Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
     kernels = backends.kernels(device)
 
     def zeros(wanted: bool, dtype: torch.dtype = head.acc) -> torch.Tensor:
         return torch.zeros(N if wanted else 0, dtype=dtype, device=device)
 
-    outputs = {"logprobs": zeros(True), "lse": zeros(True)}
+    outputs = {name: zeros(True) for name in ("logprobs", "lse", "lse_low")}
     for name, bit in MOMENTS.items():
         outputs[name] = zeros(bool(moments & bit), torch.bool if name == "is_top1" else head.acc)
     asked = {name: tensor for name, tensor in outputs.items() if tensor.shape[0]}
@@ -158,18 +163,18 @@ def forward(
     saved_NS = torch.empty(
         (N if saved_columns else 0, saved_columns), dtype=head.acc, device=device
     )
-    rows = _Rows(_kept(targets != ignore_index), N)
-    workspace = _Workspace(head, rows.count, workspace_bytes, device)
+    rows = Rows(kept(targets != ignore_index), N)
+    workspace = Workspace(head, rows.count, workspace_bytes, device)
     if keep_unit_grad:
         partial = torch.empty((workspace.rows, H), dtype=head.acc, device=device)
 
-    for first, last in _spans(0, rows.count, workspace.rows):
+    for first, last in spans(0, rows.count, workspace.rows):
         n = last - first
         hidden_nH = rows.take(hidden, first, last).to(head.compute)
         targets_n = rows.take(targets, first, last)
         lora_nr = head.lora_hidden(hidden_nH)
         state = RowState.start(n, head.acc, device, moments)
-        for start, stop in _slices(head.vocab, workspace.columns, saved_columns):
+        for start, stop in slices(head.vocab, workspace.columns, saved_columns):
             weight_vH = head.weight(start, stop)
             out_nv = workspace.logits(n, stop - start)
             if stop <= saved_columns:
@@ -195,16 +200,16 @@ def forward(
     return *outputs.values(), unit_grad_NH, saved_NS
 
 
-def _slices(vocab: int, step: int, saved_columns: int) -> Iterator[tuple[int, int]]:
+def slices(vocab: int, step: int, saved_columns: int) -> Iterator[tuple[int, int]]:
     """Vocabulary slices, none of which crosses the end of the saved columns."""
-    yield from _spans(0, saved_columns, step)
-    yield from _spans(saved_columns, vocab, step)
+    yield from spans(0, saved_columns, step)
+    yield from spans(saved_columns, vocab, step)
 
 
 def backward(
     hidden, weight, targets, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature,
-    ignore_index, workspace_bytes, logprobs, lse, entropy, saved_logits, grad_logprobs, grad_lse,
-    grad_entropy, needs,
+    ignore_index, workspace_bytes, logprobs, lse, lse_low, entropy, saved_logits, grad_logprobs,
+    grad_lse, grad_entropy, needs,
 ):  # fmt: skip
     """Gradients by hidden, weight, bias, LoRA A and B; those not in ``needs`` are empty."""
     (N, H), device = hidden.shape, hidden.device
@@ -215,7 +220,7 @@ def backward(
     ]
     dX_NH, dW_VH, db_V, dA_rH, dB_Vr = results
     needs_hidden, needs_weight, needs_bias, needs_a, needs_b = needs
-    head = _Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
+    head = Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
     kernels = backends.kernels(device)
     saved_columns = saved_logits.shape[1]
 
@@ -224,14 +229,15 @@ def backward(
     for grad_N in (grad_logprobs, grad_lse, grad_entropy):
         if grad_N is not None:
             moved_N |= grad_N != 0
-    rows = _Rows(_kept(active_N & moved_N), N)
-    saved_rows = _Rows(None, N)  # saved logits hold the active rows only, in their order
+    rows = Rows(kept(active_N & moved_N), N)
+    saved_rows = Rows(None, N)  # saved logits hold the active rows only, in their order
     if saved_columns and rows.index is not None:
-        saved_rows = _Rows((active_N.cumsum(0) - 1).index_select(0, rows.index), N)
+        saved_rows = Rows((active_N.cumsum(0) - 1).index_select(0, rows.index), N)
     if rows.count == 0:
         return tuple(results)
-    workspace = _Workspace(head, rows.count, workspace_bytes, device)
-    targets_n, logprobs_n, lse_n = (rows.take_all(t) for t in (targets, logprobs, lse))
+    workspace = Workspace(head, rows.count, workspace_bytes, device)
+    targets_n, logprobs_n = rows.take_all(targets), rows.take_all(logprobs)
+    lse_n, lse_low_n = rows.take_all(lse), rows.take_all(lse_low)
     entropy_n = rows.take_all(entropy) if grad_entropy is not None else None
     grads = [rows.take_all(g) for g in (grad_logprobs, grad_lse, grad_entropy)]
 
@@ -246,9 +252,9 @@ def backward(
     dweight_vH = buffer(needs_weight, workspace.columns, H)
     dlora_b_vr = buffer(needs_b, workspace.columns, rank)
 
-    for start, stop in _slices(head.vocab, workspace.columns, saved_columns):
+    for start, stop in slices(head.vocab, workspace.columns, saved_columns):
         weight_vH, v = head.weight(start, stop), stop - start
-        for first, last in _spans(0, rows.count, workspace.rows):
+        for first, last in spans(0, rows.count, workspace.rows):
             n, block = last - first, slice(first, last)
             hidden_nH = rows.take(hidden, first, last).to(head.compute)
             lora_nr = head.lora_hidden(hidden_nH)
@@ -263,6 +269,7 @@ def backward(
                 dlogits_nv,
                 logprobs=logprobs_n[block],
                 lse=lse_n[block],
+                lse_low=lse_low_n[block],
                 entropy=None if entropy_n is None else entropy_n[block],
                 grad_logprobs=None if grads[0] is None else grads[0][block],
                 grad_lse=None if grads[1] is None else grads[1][block],
@@ -291,5 +298,5 @@ def backward(
             multiply(dlora_nr.t(), rows.take_all(hidden).to(head.compute), da_rH, add=False)
             dA_rH.copy_(da_rH)
     if needs_hidden:
-        rows.scatter(dhidden_nH, dX_NH)
+        rows.scatter(dhidden_nH, dX_NH, 0, rows.count)
     return tuple(results)

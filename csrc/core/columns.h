@@ -2,6 +2,7 @@
 // independent accesses in flight, every column visited once and by one thread.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/dtype.h"
@@ -34,6 +35,21 @@ struct Lanes {
 #pragma unroll
       for (int item = 0; item < C::kItems; ++item) f(x[pack][item], columns.at(pack) + item);
     }
+  }
+
+  // x = f(x, other) lane by lane.
+  template <typename F>
+  FASTPO_DEVICE void combine(const Lanes& other, F f) {
+#pragma unroll
+    for (int pack = 0; pack < C::kPacks; ++pack) {
+#pragma unroll
+      for (int item = 0; item < C::kItems; ++item) {
+        x[pack][item] = f(x[pack][item], other.x[pack][item]);
+      }
+    }
+  }
+  FASTPO_DEVICE void multiply(const Lanes& other) {
+    combine(other, [](Acc a, Acc b) { return a * b; });
   }
 };
 
@@ -95,11 +111,43 @@ FASTPO_DEVICE int64_t aligned_column(int64_t v, const T*... rows) {
   return v;
 }
 
-// visit(Columns) over [0, v); the visitor may pass `rows` and those columns to load and store.
-// Rows whose addresses never align together are walked one element at a time.
-template <typename Visit, typename... T>
+// Neighbours that fill 16 bytes of the smallest type.
+template <typename... T>
+constexpr int kVecItems = 16 / std::min({sizeof(T)...});
+
+// visit(Columns) over [0, v), up to kMaxPacks runs at once; the visitor may pass `rows` and those
+// columns to load and store. Rows whose addresses never align together go one element at a time. The
+// loops are not unrolled further: the body is long, and has its loads in flight already.
+template <int kMaxPacks = 4, typename Visit, typename... T>
 FASTPO_DEVICE void sweep_columns(int64_t v, Visit visit, const T*... rows) {
-  constexpr int kItems = (... > 0 ? 1 : 0);
+  constexpr int kItems = kVecItems<T...>;
+  constexpr int kPacks = kMaxPacks * kItems > 16 ? 16 / kItems : kMaxPacks;
+  constexpr int64_t kStep = int64_t{kBlockThreads} * kItems;
+  const int64_t head = aligned_column<kItems>(v, rows...);
+  const int64_t end = head + (v - head) / kItems * kItems;
+
+  int64_t column = head + int64_t{thread_index()} * kItems;
+  if constexpr (kPacks > 1) {
+#pragma unroll 1
+    for (; column + (kPacks - 1) * kStep < end; column += kPacks * kStep) {
+      visit(Columns<kPacks, kItems>{column});
+    }
+  }
+#pragma unroll 1
+  for (; column < end; column += kStep) visit(Columns<1, kItems>{column});
+  // Both ends of the row in one loop: what lies before head, then what lies after end.
+#pragma unroll 1
+  for (int64_t i = thread_index(); i < v - (end - head); i += kBlockThreads) {
+    visit(Columns<1, 1>{i < head ? i : i + (end - head)});
+  }
+}
+
+// Zeros in a row's v columns.
+template <typename T>
+FASTPO_DEVICE void clear_row(T* row, int64_t v, Site site = Site::here()) {
+  sweep_columns(
+      v, [&](auto columns) { store(row, columns, Lanes<acc_t<T>, decltype(columns)>{}, site); },
+      row);
 }
 
 }  // namespace fastpo

@@ -74,10 +74,4 @@ int with_tile_dtypes(DType in, DType out, F f) {
   });
 }
 
-// f(std::true_type) or f(std::false_type).
-template <typename F>
-int with_flag(bool flag, F f) {
-  return flag ? f(std::true_type{}) : f(std::false_type{});
-}
-
 }  // namespace fastpo

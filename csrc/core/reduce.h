@@ -12,7 +12,7 @@ namespace fastpo {
 // The sum of a warp, in lane 0.
 template <typename R>
 FASTPO_DEVICE R warp_merge(R value, Site site = Site::here()) {
-#pragma unroll
+#pragma unroll 1
   for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
     value.merge(value.shuffled_down(delta, site));
   }

@@ -30,13 +30,16 @@ void finish_row(const RowState& state, int64_t i, int64_t vocab, int64_t target,
     return static_cast<const A*>(state.values)[r * state.stride + i];
   };
   const A sum = value(kSumExp), target_logit = value(kTargetLogit);
-  const A log_rest = value(kMax) + std::log(sum);
-  const A margin = target_logit - log_rest;
+  const A margin = target_logit - value(kMax) - std::log(sum);
   const A logprob = -softplus(-margin), log_other = -softplus(margin);
 
   write<A>(out.logprobs, index, logprob);
-  write<A>(out.lse, index,
-           std::max(target_logit, log_rest) + std::log1p(std::exp(-std::abs(margin))));
+  // max(NaN, x) keeps its first argument: a poisoned target poisons the lse.
+  const A top = std::max(target_logit, value(kMax));
+  const A log_sum = std::log(times(sum, std::exp(value(kMax) - top)) + std::exp(target_logit - top));
+  const A lse = top + log_sum;
+  write<A>(out.lse, index, lse);
+  write<A>(out.lse_low, index, log_sum - (lse - top));
   if (out.entropy != nullptr) {
     const A rest = sum == 0 ? A(0) : std::log(sum) - value(kSumExpLogit) / sum - log_other;
     write<A>(out.entropy, index,
@@ -50,14 +53,15 @@ void finish_row(const RowState& state, int64_t i, int64_t vocab, int64_t target,
   }
   write<A>(out.mean_logits, index, value(kSumLogits) / A(vocab));
   if (out.is_top1 != nullptr) {
-    const A top = value(kMax);
-    out.is_top1[index] = target_logit > top || (target_logit == top && target < state.top[i]);
+    const A rest = value(kMax);
+    out.is_top1[index] = target_logit > rest || (target_logit == rest && target < state.top[i]);
   }
 }
 
 template <typename A>
 void zero_outputs(const StatsOut& out, int64_t index) {
-  for (void* values : {out.logprobs, out.lse, out.entropy, out.log_sum_sq_probs, out.mean_logits}) {
+  for (void* values : {out.logprobs, out.lse, out.lse_low, out.entropy, out.log_sum_sq_probs,
+                       out.mean_logits}) {
     write<A>(values, index, A(0));
   }
   if (out.is_top1 != nullptr) out.is_top1[index] = 0;

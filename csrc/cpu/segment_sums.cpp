@@ -26,8 +26,12 @@ Range range_of(const Segments& s, int64_t b) {
     const int64_t start = s.offsets[b];
     return {start, start, start, start, start, std::max<int64_t>(s.offsets[b + 1] - start, 0)};
   }
-  return {b * s.values_stride, b * s.reference_stride, b * s.weights_stride,
-          b * s.mask_stride,   b * s.T,                s.T};
+  return {b * s.values_stride,
+          b * s.reference_stride,
+          b * s.weights_stride,
+          b * s.mask_stride,
+          b * s.T,
+          s.T};
 }
 
 int64_t total_values(const Segments& s) {
@@ -80,7 +84,9 @@ void sum_sequence(const Segments& s, int64_t b, Acc<T>* sum, int64_t* active) {
     } else {
       const uint8_t* mask = s.mask + range.mask + begin;
       clear_unmasked(mask, count, block);
-      for (int64_t i = 0; i < count; ++i) positions += mask[i] != 0;
+      int32_t active_here = 0;  // 32 bits: twice the lanes of a 64-bit count
+      for (int64_t i = 0; i < count; ++i) active_here += mask[i] != 0;
+      positions += active_here;
     }
     total += sum_block(block, count);
   }
@@ -130,8 +136,8 @@ int segment_sums(const Segments& segments, void* sums, int64_t* counts, void*, i
     using T = decltype(type);
     Acc<T>* const sums_B = static_cast<Acc<T>*>(sums);
     // Lengths differ, so sequences are handed out one by one; the order cannot change a sum.
-#pragma omp parallel for num_threads(threads) schedule(dynamic) \
-    if (total_values(segments) >= kParallelValues)
+#pragma omp parallel for num_threads(threads) \
+    schedule(dynamic) if (total_values(segments) >= kParallelValues)
     for (int64_t b = 0; b < segments.B; ++b) {
       sum_sequence<T>(segments, b, sums_B + b, counts + b);
     }
@@ -144,8 +150,8 @@ int segment_sums_backward(const Segments& segments, const void* grad_sums, void*
   return with_dtype(segments.dtype, [&](auto type) {
     using T = decltype(type);
     const Acc<T>* const grad_sums_B = static_cast<const Acc<T>*>(grad_sums);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) \
-    if (total_values(segments) >= kParallelValues)
+#pragma omp parallel for num_threads(threads) \
+    schedule(dynamic) if (total_values(segments) >= kParallelValues)
     for (int64_t b = 0; b < segments.B; ++b) {
       sequence_grads<T>(segments, b, grad_sums_B[b], static_cast<T*>(grad_values),
                         static_cast<T*>(grad_reference), static_cast<Acc<T>*>(grad_weights));

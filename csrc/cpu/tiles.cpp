@@ -203,7 +203,8 @@ void grad_row(const Tile& tile, const RowGrads& rows, int64_t i, O* out) {
   const auto at = [&](const void* values) { return static_cast<const A*>(values)[i]; };
   const auto grad = [&](const void* values) { return values == nullptr ? A(0) : at(values); };
   const A g = grad(rows.grad_logprobs), h = grad(rows.grad_entropy), k = grad(rows.grad_lse);
-  const A logprob = at(rows.logprobs), lse = at(rows.lse), entropy = h == 0 ? A(0) : at(rows.entropy);
+  const A logprob = at(rows.logprobs), lse = at(rows.lse), lse_low = at(rows.lse_low);
+  const A entropy = h == 0 ? A(0) : at(rows.entropy);
   const A chain = tile.scale / tile.temperature;
 
   A target_grad = 0;
@@ -217,7 +218,8 @@ void grad_row(const Tile& tile, const RowGrads& rows, int64_t i, O* out) {
   }
   sweep<A>(0, tile.v, [&](int64_t column, int64_t count) {
     Vec<A> cap_grad;
-    const Vec<A> log_p = transform(load_columns(row, column, count), column, count, &cap_grad) - lse;
+    const Vec<A> z = transform(load_columns(row, column, count), column, count, &cap_grad);
+    const Vec<A> log_p = (z - lse) - lse_low;
     const Vec<A> p = exp(log_p);
     Vec<A> slope = broadcast(k - g);
     if (h != 0) slope -= p == 0 ? Vec<A>{} : h * (log_p + entropy);

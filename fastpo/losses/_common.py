@@ -137,9 +137,10 @@ def log_odds(mean_B: Tensor) -> Tensor:
     held at the machine epsilon or above: at p = 1 the log-odds are 15.9 (float32), not infinite.
     """
     guarded_B = mean_B.clamp(max=-torch.finfo(mean_B.dtype).eps)
-    # torch.where differentiates both branches, so each gets arguments at which it is finite.
     half = -math.log(2)
-    near_one_B = torch.log(-torch.expm1(guarded_B.clamp(min=half)))
+    near_one_B = torch.log(-torch.expm1(guarded_B))
+    # torch.where differentiates both branches: keep this one away from 1 - p = 0, where an exp that
+    # rounds up to 1 would make its gradient infinite and the sum NaN.
     near_zero_B = torch.log1p(-torch.exp(guarded_B.clamp(max=half)))
     return mean_B - torch.where(guarded_B > half, near_one_B, near_zero_B)
 

@@ -21,6 +21,7 @@ class Stats(NamedTuple):
 
     logprobs: torch.Tensor
     lse: torch.Tensor
+    lse_low: torch.Tensor  # what rounding took from lse
     entropy: torch.Tensor
     log_sum_sq_probs: torch.Tensor
     mean_logits: torch.Tensor
@@ -45,8 +46,7 @@ def _fake(hidden, weight, targets, *rest):
         return hidden.new_empty((N if wanted else 0,), dtype=dtype)
 
     return (
-        rows(),
-        rows(),
+        *(rows() for _ in range(3)),
         *(
             rows(bool(moments & bit), torch.bool if name == "is_top1" else acc)
             for name, bit in MOMENTS.items()
@@ -58,7 +58,7 @@ def _fake(hidden, weight, targets, *rest):
 
 linear_stats = register(
     f"linear_stats({_HEAD}, int moments, bool keep_unit_grad, int saved_columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     plans.forward,
     _fake,
 )
@@ -74,7 +74,7 @@ def _fake_backward(hidden, weight, targets, bias, lora_a, lora_b, *rest):
 
 
 linear_stats_backward = register(
-    f"linear_stats_backward({_HEAD}, Tensor logprobs, Tensor lse, Tensor entropy, "
+    f"linear_stats_backward({_HEAD}, Tensor logprobs, Tensor lse, Tensor lse_low, Tensor entropy, "
     "Tensor saved_logits, Tensor? grad_logprobs, Tensor? grad_lse, Tensor? grad_entropy, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     plans.backward,
@@ -88,13 +88,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.scalars = scalars[:-3]
     ctx.keep_unit_grad = scalars[-2]
-    ctx.save_for_backward(hidden, weight, targets, bias, lora_a, lora_b, *stats[:3], *stats[6:])
-    ctx.mark_non_differentiable(*stats[3:])
+    ctx.save_for_backward(hidden, weight, targets, bias, lora_a, lora_b, *stats[:4], *stats[7:])
+    ctx.mark_non_differentiable(stats.lse_low, *stats[4:])
 
 
-def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, *_):
+def _backward(ctx, grad_logprobs, grad_lse, _, grad_entropy, *__):
     hidden, weight, targets, bias, lora_a, lora_b, *values = ctx.saved_tensors
-    logprobs, lse, entropy, unit_grad, saved_logits = values
+    *forward, unit_grad, saved_logits = values
     nothing = (None,) * len(ctx.scalars)
     grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_lse, grad_entropy)]
     if all(g is None for g in grads):
@@ -105,7 +105,7 @@ def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, *_):
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
     dX, dW, db, dA, dB = linear_stats_backward(
         hidden, weight, targets, bias, lora_a, lora_b, *ctx.scalars,
-        logprobs, lse, entropy, saved_logits, *grads, needed,
+        *forward, saved_logits, *grads, needed,
     )  # fmt: skip
     found = [g if need else None for g, need in zip((dX, dW, db, dA, dB), needed, strict=True)]
     return found[0], found[1], None, *found[2:], *nothing, *(None,) * 3
@@ -114,3 +114,4 @@ def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, *_):
 torch.library.register_autograd(
     "fastpo::linear_stats", _backward, setup_context=_setup_context
 )
+

@@ -9,6 +9,7 @@ from fastpo.reference.chunk_weights import chunk_weights
 from fastpo.reference.finish_stats import finish_stats
 from fastpo.reference.finish_weights import finish_weights
 from fastpo.reference.scale_rows import scale_rows
+from fastpo.reference.segment_sums import segment_sums, segment_sums_backward
 
 __all__ = [
     "chunk_grad",
@@ -17,4 +18,6 @@ __all__ = [
     "finish_stats",
     "finish_weights",
     "scale_rows",
+    "segment_sums",
+    "segment_sums_backward",
 ]

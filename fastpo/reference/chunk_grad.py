@@ -14,6 +14,7 @@ def chunk_grad(
     *,
     logprobs: torch.Tensor,
     lse: torch.Tensor,
+    lse_low: torch.Tensor,
     entropy: torch.Tensor | None = None,
     grad_logprobs: torch.Tensor | None = None,
     grad_entropy: torch.Tensor | None = None,
@@ -22,7 +23,8 @@ def chunk_grad(
     """``dz_v = g (1[v=y] - p_v) - h p_v (log p_v + H) + k p_v``, chained to the raw logits."""
     z_nv, cap_grad_nv = scaled_logits(tile)
     at_target_nv = is_target(tile)
-    log_p_nv = torch.where(at_target_nv, logprobs[:, None], z_nv - lse[:, None])
+    log_p_nv = (z_nv - lse[:, None]) - lse_low[:, None]
+    log_p_nv = torch.where(at_target_nv, logprobs[:, None], log_p_nv)
     p_nv = torch.exp(log_p_nv)
     grad_nv = torch.zeros_like(z_nv)
     if grad_logprobs is not None:

@@ -16,6 +16,7 @@ def finish_stats(
     rows: torch.Tensor | None = None,
     logprobs: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    lse_low: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     log_sum_sq_probs: torch.Tensor | None = None,
     mean_logits: torch.Tensor | None = None,
@@ -23,8 +24,7 @@ def finish_stats(
 ) -> None:
     """Write each given output at ``rows`` (or 0 .. n); rows with an ignored target get zeros."""
     max_n, sum_n, target_n, sum_exp_logit_n, sum_sq_n, sum_logits_n = state.values_Sn
-    log_rest_n = max_n + torch.log(sum_n)
-    margin_n = target_n - log_rest_n
+    margin_n = target_n - max_n - torch.log(sum_n)
     logprob_n = -_softplus(-margin_n)
     log_other_n = -_softplus(margin_n)  # log(1 - p_target)
     alone_n = sum_n == 0  # no probability besides the target's
@@ -35,8 +35,12 @@ def finish_stats(
             out[slice(None) if rows is None else rows] = value_n.to(out.dtype)
 
     write(logprobs, logprob_n)
-    high_n = torch.maximum(target_n, log_rest_n)
-    write(lse, high_n + torch.log1p(torch.exp(-margin_n.abs())))
+    high_n = torch.maximum(target_n, max_n)
+    rest_n = torch.where(alone_n, 0.0, sum_n * torch.exp(max_n - high_n))
+    log_sum_n = torch.log(rest_n + torch.exp(target_n - high_n))
+    lse_n = high_n + log_sum_n
+    write(lse, lse_n)
+    write(lse_low, log_sum_n - (lse_n - high_n))
     if entropy is not None:
         other_n = torch.where(alone_n, 0.0, torch.log(sum_n) - sum_exp_logit_n / sum_n - log_other_n)
         at_target_n = torch.where(logprob_n == -torch.inf, 0.0, -logprob_n.exp() * logprob_n)

@@ -1,7 +1,7 @@
 """Reference of ``segment_sums`` and its backward: token values to one sum and count per sequence.
 
-Sequence b is row b of values [B, T], or ``values[offsets[b] : offsets[b + 1]]`` of packed values [N].
-The other tensors are laid out as the values: ``reference`` has their dtype, ``weights`` the
+Sequence b is row b of values [B, T], or ``values[offsets[b] : offsets[b + 1]]`` of packed values
+[N]. The other tensors are laid out as the values: ``reference`` has their dtype, ``weights`` the
 accumulation dtype (float64 for float64 values, else float32), ``mask`` is bool, ``offsets`` int64
 [B + 1].
 """
@@ -32,7 +32,7 @@ def segment_sums(
     sums: Tensor,
     counts: Tensor,
 ) -> None:
-    """``sums[b] = sum weights (values - reference)`` and ``counts[b]``, over the mask of sequence b.
+    """``sums[b] = sum weights (values - reference)`` and ``counts[b]``, over the sequence's mask.
 
     Positions outside the mask do not take part at all, whatever they hold. ``sums`` [B] is in the
     accumulation dtype, ``counts`` [B] is int64; both are written.
@@ -71,12 +71,9 @@ def segment_sums_backward(
         difference = difference - reference.to(grad_sums.dtype)
     factors = torch.ones_like(difference) if weights is None else weights
     active = torch.ones_like(difference, dtype=torch.bool) if mask is None else mask
+    outputs = (grad_values, factors), (grad_reference, -factors), (grad_weights, difference)
     for b, sequence in enumerate(_sequences(values, offsets)):
-
-        def write(out: Tensor | None, factor: Tensor, grad: Tensor) -> None:
+        for out, factor in outputs:
             if out is not None:
-                out[sequence] = torch.where(active[sequence], factor[sequence] * grad, 0.0).to(out)
-
-        write(grad_values, factors, grad_sums[b])
-        write(grad_reference, factors, -grad_sums[b])
-        write(grad_weights, difference, grad_sums[b])
+                grad = factor[sequence] * grad_sums[b]
+                out[sequence] = torch.where(active[sequence], grad, 0.0).to(out.dtype)

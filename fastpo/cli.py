@@ -1,0 +1,149 @@
+"""The command line: ``fastpo train dpo``, ``train sft``, ``init-model``, ``demo`` and ``info``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+try:
+    import typer
+except ImportError as error:
+    raise SystemExit(f"{error}. The command line needs: pip install 'fastpo[train]'") from error
+
+from fastpo.trainers.config import (
+    ConfigError,
+    DPOConfig,
+    RunConfig,
+    SFTConfig,
+    build,
+    default_of,
+    field_types,
+    read_yaml,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The loss end of preference training.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train a causal LM.")
+app.add_typer(train, name="train")
+
+
+def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None]:
+    """A command with one flag per field of ``cls``; a flag that is not given leaves the YAML value."""
+
+    def command(config: str | None = None, **flags: Any) -> None:
+        given = {name: value for name, value in flags.items() if value is not None}
+        if "trainer" in given:
+            given["trainer"] = dict(map(_key_value, given["trainer"]))
+        options = build(cls, read_yaml(config) if config else {}, given)
+        from fastpo.trainers import run
+
+        _print_results(getattr(run, action)(options))
+
+    path = typer.Option(help="YAML file with any of these options; flags override it.")
+    parameters = [_parameter("config", str, path)]
+    for name, (option, kind, _) in field_types(cls).items():
+        text_of = option.metadata["help"]
+        default = default_of(option)
+        if default not in (None, ""):
+            text_of += f" [default: {default}]"
+        if name == "trainer":
+            kind = list[str]
+        parameters.append(_parameter(name, kind, typer.Option(help=text_of)))
+    command.__signature__ = inspect.Signature(parameters)
+    command.__doc__ = text
+    return command
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    # typer reads Optional of a type that is known at run time only, as a union operator cannot spell it.
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"trainer: expected key=value, got {text!r}.")
+    return key, yaml.safe_load(value)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    """Held-out metrics before and after, side by side."""
+    before, after = results.get("before", {}), results.get("after", {})
+    for name in after:
+        is_metric = "/" in name or name == "eval_loss"
+        if is_metric:
+            earlier = f"{before[name]:10.4f}" if name in before else " " * 10
+            print(f"{name:28} {earlier} -> {after[name]:10.4f}")
+    print(f"{results['steps']} steps, {results['train_seconds']:.1f} s of training")
+
+
+train.command("dpo")(
+    _command(DPOConfig, "train_dpo", "Train on pairs: prompt, chosen, rejected (text or messages).")
+)
+train.command("sft")(
+    _command(SFTConfig, "train_sft", "Fit a model to completions: prompt, completion.")
+)
+
+
+@app.command("init-model")
+def init_model(
+    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    data: Annotated[str, typer.Option(help="JSONL(.gz) file whose texts train the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer, at most.")] = 4096,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 256,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Write a small Llama with random weights and a tokenizer trained on the spot."""
+    from fastpo.data.records import read_jsonl
+    from fastpo.trainers import scratch
+
+    texts = [text for _, row in read_jsonl(data) for text in row.values() if isinstance(text, str)]
+    model = scratch.init_model(
+        output, texts, vocab_size=vocab_size, hidden_size=hidden_size, layers=layers, heads=heads,
+        seed=seed,
+    )  # fmt: skip
+    print(f"{output}: {model.num_parameters():,} parameters, {model.config.vocab_size} tokens")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder to write.")] = "demo_output",
+) -> None:
+    """Fit a small model, train it on pairs, measure the loss end; no download, a few minutes."""
+    from fastpo import demo as demonstration
+
+    demonstration.main(output)
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends and why one is missing."""
+    from fastpo import info as report
+
+    report.main()
+
+
+def main() -> None:
+    """Entry point: an error in options, data or checkpoints is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("fastpo"):
+            raise
+        sys.exit(f"fastpo: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Switches that put fastpo into other libraries, one module per library, imported when asked for."""
+
+from __future__ import annotations
+
+
+class IntegrationError(RuntimeError):
+    """A library is absent, of an untested version, or already patched by somebody else."""
+
+
+__all__ = ["IntegrationError"]

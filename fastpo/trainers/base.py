@@ -1,0 +1,96 @@
+"""What the trainers share: metrics without extra synchronisation, and a stop at the first non-finite loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fastpo.trainers.head import add_logprob_head
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the message names the step and the rows."""
+
+
+class _LogBeforeSave(TrainerCallback):
+    """A checkpoint is never written before the losses up to it were looked at."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+
+class StatisticTrainer(Trainer):
+    """A Trainer whose model returns statistics; subclasses give ``compute_loss``.
+
+    Losses and metrics stay on the device until the Trainer logs and synchronises anyway.
+
+    Args:
+        model: a causal LM; :func:`fastpo.trainers.head.add_logprob_head` is applied unless it was.
+        args: training arguments. ``remove_unused_columns`` and ``logging_nan_inf_filter`` are
+            switched off: the batch carries row numbers, and a NaN must be seen.
+        **kwargs: of ``transformers.Trainer``.
+
+    Raises:
+        ValueError: several GPUs in one process (``nn.DataParallel``), whose replicas lose the head.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: TrainingArguments, **kwargs: Any):
+        if args.n_gpu > 1:
+            remedy = "Start one process per GPU by `accelerate launch -m fastpo ...`."
+            raise ValueError(f"nn.DataParallel over {args.n_gpu} GPUs is not supported. {remedy}")
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        add_logprob_head(base)
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(_LogBeforeSave())
+        self._recent: list[tuple[int, Tensor, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+
+    def record(self, inputs: dict[str, Tensor], loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Note a training batch: the rows it came from, its loss and its mean metrics (0-d each)."""
+        self._recent.append((self.state.global_step + 1, inputs["row"], loss.detach()))
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of the metrics since the last log, over batches and ranks.
+
+        Raises:
+            NonFiniteLossError: the loss or the norm of the gradient is not finite.
+        """
+        if "loss" in logs:
+            self._check_finite(logs)
+            if self._sums:
+                means = torch.stack(list(self._sums.values())).float() / len(self._recent)
+                values = self.accelerator.reduce(means, reduction="mean").tolist()
+                logs |= dict(zip(self._sums, values, strict=True))
+            self._recent, self._sums = [], {}
+        super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        if math.isfinite(logs["loss"]):
+            norm = logs.get("grad_norm", 0.0)
+            # In float16 the loss scaler skips such steps by itself.
+            if math.isfinite(norm) or self.args.fp16:
+                return
+            where = f"step {self.state.global_step}: the norm of the gradient is {norm}"
+        else:
+            where = f"step {self.state.global_step}: the loss is {logs['loss']}"
+            for step, rows, loss in self._recent:
+                if not bool(loss.isfinite()):
+                    where = f"step {step}: the loss is {loss.item()}, on rows {rows.tolist()}"
+                    break
+            else:
+                where += ", on another rank"
+        raise NonFiniteLossError(
+            f"{where} of the training data. Training stopped; nothing was saved since. Look at these "
+            "rows, lower learning_rate, or train in bfloat16 or float32 rather than float16."
+        )

@@ -1,0 +1,199 @@
+"""Options of a run: one dataclass per command gives the flags, the YAML keys and their help."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+REFERENCE_CHOICES = ("auto", "adapter", "copy", "cached")
+# May differ between a run and its continuation; all else would make it another run.
+FREE_ON_RESUME = (
+    "output", "resume", "resume_from", "epochs", "max_steps", "logging_steps", "eval_steps",
+    "save_steps", "save_total_limit", "tensorboard",
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """An option is unknown, missing or of the wrong kind; the message names it."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunConfig:
+    """Options that all training commands share."""
+
+    model: str = _option("", "Folder or hub name of a causal LM.")
+    data: str = _option("", "JSONL(.gz) file, datasets folder or hub name.")
+    output: str = _option("", "Folder of the run: checkpoints, logs, the trained model.")
+    split: str = _option("train", "Split of a datasets folder or hub name.")
+    eval_data: str | None = _option(None, "Held-out rows, in the form of data.")
+    eval_split: str = _option("test", "Split of eval_data.")
+    eval_share: float = _option(0.05, "Share of data held out by prompt, if there is no eval_data.")
+    limit: int | None = _option(None, "Take the first so many rows only.")
+    max_length: int = _option(1024, "Tokens of a sequence; prompts lose their start first.")
+    epochs: float = _option(1.0, "Passes over the data.")
+    max_steps: int = _option(-1, "Optimiser steps; overrides epochs if positive.")
+    learning_rate: float = _option(1e-6, "Peak learning rate.")
+    schedule: str = _option("linear", "Learning rate schedule of transformers.")
+    warmup_steps: float = _option(0.1, "Warm-up in steps, or as a share of all steps below 1.")
+    weight_decay: float = _option(0.0, "AdamW weight decay.")
+    batch_size: int = _option(8, "Rows per device and forward.")
+    accumulation: int = _option(1, "Forwards per optimiser step.")
+    seed: int = _option(42, "Of shuffling, dropout, the held-out rows and new adapters.")
+    dtype: str = _option("auto", "Type of the weights: auto (as stored), float32, bfloat16.")
+    lora_r: int = _option(0, "Rank of a LoRA; 0 trains the whole model.")
+    lora_alpha: float = _option(32.0, "Scale of the LoRA: alpha / r.")
+    lora_dropout: float = _option(0.0, "Dropout of the LoRA.")
+    lora_targets: str = _option(
+        "all-linear", "Module names, comma separated; the lm_head may be one."
+    )
+    logging_steps: int = _option(10, "Steps between log lines.")
+    eval_steps: int = _option(0, "Steps between evaluations; 0 for start and end only.")
+    save_steps: int = _option(100, "Steps between checkpoints.")
+    save_total_limit: int = _option(2, "Checkpoints kept.")
+    tensorboard: bool = _option(True, "Write TensorBoard logs into the output folder.")
+    resume: bool = _option(False, "Continue from the last checkpoint of the output folder.")
+    resume_from: str | None = _option(None, "Continue from this checkpoint.")
+    trainer: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Any other transformers.TrainingArguments, as key=value; repeatable."},
+    )
+
+    def __post_init__(self):
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: missing; give --{name} or the key in the YAML file.")
+        if not 0 <= self.eval_share < 1:
+            raise ConfigError(f"eval_share: expected a share in [0, 1), got {self.eval_share}.")
+        if self.resume and self.resume_from:
+            raise ConfigError("resume, resume_from: give one of them.")
+
+
+@dataclass
+class DPOConfig(RunConfig):
+    """Options of ``fastpo train dpo``."""
+
+    loss: str = _option("dpo", "dpo, ipo, hinge, simpo or orpo.")
+    beta: float | None = _option(None, "Of the loss; its own default if not given.")
+    gamma: float | None = _option(None, "Target margin of simpo.")
+    label_smoothing: float | None = _option(None, "Assumed share of flipped pairs (dpo, simpo).")
+    reference: str = _option(
+        "auto", "adapter (disabled LoRA), copy (frozen), cached (computed once), or auto."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference not in REFERENCE_CHOICES:
+            expected = ", ".join(REFERENCE_CHOICES)
+            raise ConfigError(f"reference: expected one of {expected}, got {self.reference!r}.")
+
+
+@dataclass
+class SFTConfig(RunConfig):
+    """Options of ``fastpo train sft``."""
+
+    learning_rate: float = _option(2e-5, "Peak learning rate.")
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def field_types(cls: type) -> dict[str, tuple[Field, type, bool]]:
+    """Per option: its field, its plain type, and whether it may be None."""
+    hints = get_type_hints(cls)
+    found = {}
+    for option in fields(cls):
+        hint, optional = hints[option.name], False
+        if isinstance(hint, types.UnionType):
+            hint, optional = get_args(hint)[0], True
+        found[option.name] = option, hint, optional
+    return found
+
+
+def _convert(name: str, value: Any, kind: type, optional: bool) -> Any:
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5 as text.
+        except ValueError:
+            pass
+    elif isinstance(value, kind if kind in (str, bool, int, float) else Mapping):
+        if kind is not int or not isinstance(value, bool):
+            return value
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{name}: expected {wanted}, got {value!r}.")
+
+
+def build(cls: type[Config], *sources: Mapping[str, Any]) -> Config:
+    """A config from mappings, later ones over earlier ones; ``trainer`` is merged key by key.
+
+    Raises:
+        ConfigError: a key is unknown, required and missing, or its value of the wrong kind.
+
+    Example:
+        >>> paths = {"model": "m", "data": "d.jsonl", "output": "out"}
+        >>> build(SFTConfig, paths | {"learning_rate": "1e-4"}, {"batch_size": 2}).learning_rate
+        0.0001
+    """
+    known, values = field_types(cls), {}
+    for source in sources:
+        for name, value in source.items():
+            if name not in known:
+                raise ConfigError(f"{name}: no such option; there are {', '.join(known)}.")
+            _, kind, optional = known[name]
+            value = _convert(name, value, kind, optional)
+            values[name] = {**values.get(name, {}), **value} if name == "trainer" else value
+    return cls(**values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or holds no mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(found or {}, dict):
+        raise ConfigError(f"{path}: expected key: value lines, got {type(found).__name__}.")
+    return found or {}
+
+
+def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
+    """Write the options of a run, or compare those of a continuation with them.
+
+    Raises:
+        ConfigError: an option that changes the training differs.
+    """
+    import yaml
+
+    options = asdict(config)
+    if resuming and path.exists():
+        before = read_yaml(path)
+        changed = [
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in options.items()
+            if name not in FREE_ON_RESUME and before.get(name) != value
+        ]
+        if changed:
+            listed = "; ".join(changed)
+            raise ConfigError(
+                f"{path}: the run to resume had other options ({listed}). Restore them."
+            )
+    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def default_of(option: Field) -> Any:
+    """The default of an option; None stands for an empty mapping."""
+    return None if option.default is MISSING else option.default

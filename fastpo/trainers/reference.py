@@ -1,0 +1,123 @@
+"""Reference log-probs computed once, kept beside the run, and refused where they no longer belong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastpo.trainers.dpo import DPOTrainer, sum_logprobs
+from fastpo.trainers.head import shift_labels
+
+FILE = "reference_logprobs.safetensors"
+_SAMPLES = 4096
+
+
+class ReferenceCacheError(RuntimeError):
+    """A cache of reference log-probs is damaged or belongs to another model, data or setting."""
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """Over every parameter's name, shape, dtype and up to 4096 of its values, and its sum.
+
+    Adapters are left out: they do not belong to the reference.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            continue
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step][:_SAMPLES].double().cpu().numpy()
+        total = flat.sum(dtype=torch.float64).item()
+        described = [name, list(parameter.shape), str(parameter.dtype), total]
+        digest.update(json.dumps(described).encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def _rows_digest(rows: Dataset) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            digest.update(np.asarray([len(row[field]), *row[field]], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(trainer: DPOTrainer, rows: Dataset) -> dict[str, str]:
+    """What cached values depend on, by part: model, data and settings."""
+    settings = {"mixed_precision": trainer.accelerator.mixed_precision}
+    return {
+        "model": _weights_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "data": _rows_digest(rows),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+@torch.no_grad()
+def compute(trainer: DPOTrainer, rows: Dataset) -> Tensor:
+    """Log-probs [P, 2] of chosen and rejected under the model without adapter, nats, on the CPU."""
+    values_P2 = torch.full((len(rows), 2), float("nan"))
+    model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
+    with trainer.initial_model(model):
+        for batch in trainer.get_eval_dataloader(rows):
+            inputs = trainer._prepare_inputs(batch)
+            sums = sum_logprobs(model, inputs, shift_labels(inputs["labels"]) >= 0).chunk(2)
+            found = inputs["index"], torch.stack(sums, 1)
+            index_P, found_P2 = trainer.accelerator.gather_for_metrics(found)
+            values_P2[index_P.cpu()] = found_P2.float().cpu()
+    return values_P2
+
+
+def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path) -> Dataset:
+    """``rows`` with the column ``ref_logprobs`` [2], from the cache in ``folder`` or computed into it.
+
+    Args:
+        trainer: whose model is the reference, before any training step.
+        rows: of :func:`fastpo.data.tokens.tokenize_rows`.
+        name: of these rows, ``train`` or ``eval``.
+        folder: of the run.
+
+    Raises:
+        ReferenceCacheError: the cache there was made with another model, data or setting, is damaged,
+            or the reference gives non-finite values.
+    """
+    path = Path(folder) / f"{name}_{FILE}"
+    expected = fingerprint(trainer, rows)
+    if path.exists():
+        values_P2 = _read(path, expected)
+    else:
+        values_P2 = compute(trainer, rows)
+        bad = (~values_P2.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            numbers = [rows[i]["row"] for i in bad[:10]]
+            raise ReferenceCacheError(
+                f"the reference gives non-finite log-probs on rows {numbers}."
+            )
+        if trainer.accelerator.is_main_process:
+            partial = path.with_suffix(".partial")
+            save_file({"ref_logprobs": values_P2}, partial, metadata=expected)
+            partial.replace(path)
+    trainer.accelerator.wait_for_everyone()
+    return rows.add_column("ref_logprobs", values_P2.tolist())
+
+
+def _read(path: Path, expected: dict[str, str]) -> Tensor:
+    remedy = f"Delete {path} to compute it anew, or restore what it was made with."
+    try:
+        with safe_open(path, "pt") as stored:
+            found, values_P2 = stored.metadata() or {}, stored.get_tensor("ref_logprobs")
+    except SafetensorError as error:
+        raise ReferenceCacheError(f"{path}: damaged ({error}). {remedy}") from error
+    changed = [part for part in expected if found.get(part) != expected[part]]
+    if changed:
+        parts = " and ".join(changed)
+        problem = f"the cached reference log-probs were made with another {parts}"
+        raise ReferenceCacheError(f"{path}: {problem}. {remedy}")
+    return values_P2

@@ -1,0 +1,200 @@
+"""From a config to a finished run: load, tokenise, evaluate, train, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from fastpo.data.records import COMPLETION_FIELDS, PAIR_FIELDS, load_rows, split_by_prompt
+from fastpo.data.tokens import CompletionCollator, PairCollator, tokenize_rows
+from fastpo.trainers import reference
+from fastpo.trainers.checkpoints import resume_point
+from fastpo.trainers.config import ConfigError, DPOConfig, RunConfig, SFTConfig, keep_for_resume
+from fastpo.trainers.dpo import DPOTrainer, loss_arguments
+from fastpo.trainers.head import add_logprob_head
+from fastpo.trainers.sft import SFTTrainer
+
+# Set by this module from options of its own.
+_OWN = ("output_dir", "learning_rate", "seed", "max_steps", "remove_unused_columns")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name, padding on the right."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(config: RunConfig) -> torch.nn.Module:
+    """The causal LM of a config with the fused head, inside a ``PeftModel`` if a LoRA is asked for."""
+    if (Path(config.model) / "adapter_config.json").exists():
+        remedy = "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
+        raise ConfigError(f"model: {config.model} holds an adapter only. {remedy}")
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    model.config.use_cache = False
+    add_logprob_head(model)
+    if not config.lora_r:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    names = config.lora_targets
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names if names == "all-linear" else names.split(","),
+    )
+    return get_peft_model(model, lora)
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The Trainer's arguments; ``config.trainer`` goes in as it is."""
+    options: dict[str, Any] = {
+        "output_dir": config.output,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.save_total_limit,
+        "report_to": ["tensorboard"] if config.tensorboard else [],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Evaluation values are a few numbers per pair.
+        "eval_do_concat_batches": True,
+    }
+    clash = [name for name in config.trainer if name in _OWN]
+    if clash:
+        raise ConfigError(f"trainer: {clash[0]} is set by an option of its own or fixed.")
+    try:
+        return TrainingArguments(**(options | config.trainer))
+    except TypeError as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def load_data(
+    config: RunConfig, fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenised rows to train on and to evaluate on (None without any), with a line on each."""
+    rows = load_rows(config.data, fields, config.split, config.limit)
+    if config.eval_data:
+        held = load_rows(config.eval_data, fields, config.eval_split)
+    else:
+        rows, held = split_by_prompt(rows, config.eval_share, config.seed)
+    tokenised = []
+    for name, part in (("train", rows), ("eval", held)):
+        if part is None:
+            tokenised.append(None)
+            continue
+        part, report = tokenize_rows(part, fields, tokenizer, config.max_length)
+        tokenised.append(part)
+        print(
+            f"{name}: {report.rows} rows, longest {report.longest} tokens, prompts cut in "
+            f"{report.cut_prompts}, completions cut in {report.cut_completions}",
+            flush=True,
+        )
+    return tokenised[0], tokenised[1]
+
+
+def train_dpo(config: DPOConfig) -> dict[str, Any]:
+    """Run ``fastpo train dpo``; returns what it writes to ``results.json``."""
+    options = {
+        "beta": config.beta,
+        "gamma": config.gamma,
+        "label_smoothing": config.label_smoothing,
+    }
+    loss_options = loss_arguments(config.loss, **options)
+
+    def build(model, tokenizer, args, train, held):
+        trainer = DPOTrainer(
+            model,
+            args,
+            loss=config.loss,
+            loss_options=loss_options,
+            reference=None if config.reference == "auto" else config.reference,
+            data_collator=PairCollator(tokenizer.pad_token_id),
+            train_dataset=train,
+            eval_dataset=held,
+            processing_class=tokenizer,
+        )
+        if trainer.reference == "cached":
+            trainer.train_dataset = reference.add_cached(trainer, train, "train", config.output)
+            if held is not None:
+                trainer.eval_dataset = reference.add_cached(trainer, held, "eval", config.output)
+        return trainer
+
+    return _run(config, PAIR_FIELDS, build)
+
+
+def train_sft(config: SFTConfig) -> dict[str, Any]:
+    """Run ``fastpo train sft``; returns what it writes to ``results.json``."""
+
+    def build(model, tokenizer, args, train, held):
+        return SFTTrainer(
+            model,
+            args,
+            data_collator=CompletionCollator(tokenizer.pad_token_id),
+            train_dataset=train,
+            eval_dataset=held,
+            processing_class=tokenizer,
+        )
+
+    return _run(config, COMPLETION_FIELDS, build)
+
+
+def _run(config: RunConfig, fields: tuple[str, ...], build) -> dict[str, Any]:
+    output = Path(config.output)
+    checkpoint = resume_point(output, config.resume, config.resume_from)
+    output.mkdir(parents=True, exist_ok=True)
+    args = training_arguments(config)
+    if args.process_index == 0:
+        keep_for_resume(config, output / "run.yaml", checkpoint is not None)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    train, held = load_data(config, fields, tokenizer)
+    trainer: Trainer = build(load_model(config), tokenizer, args, train, held)
+    results: dict[str, Any] = {}
+    path = output / "results.json"
+    if held is not None and checkpoint is None:
+        results["before"] = trainer.evaluate()
+    elif checkpoint is not None and path.exists():
+        results = json.loads(path.read_text(encoding="utf-8"))
+    if trainer.is_world_process_zero():
+        path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+    results["train_seconds"] = time.perf_counter() - started
+    results["steps"] = trainer.state.global_step
+    if held is not None:
+        results["after"] = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    return results

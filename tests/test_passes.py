@@ -1,0 +1,139 @@
+"""Matrix passes of every plan, by torch's own FLOP counter. A pass is 2 N H V FLOP over active tokens."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastpo
+import fastpo.flops
+from fastpo import plans
+
+N, H, V = 64, 16, 640
+PASS = 2 * N * H * V
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Passes of a call: counted on each product inside the ops, which must be what the ops declare."""
+    done = []
+    multiply = plans.multiply
+
+    def counted(*arguments, **options):
+        with FlopCounterMode(display=False) as counter:
+            multiply(*arguments, **options)
+        done.append(counter.get_total_flops())
+
+    def count(function):
+        done.clear()
+        with FlopCounterMode(display=False) as counter:
+            function()
+        assert sum(done) == counter.get_total_flops()
+        return sum(done) / PASS
+
+    monkeypatch.setattr(plans, "multiply", counted)
+    return count
+
+
+def inputs(trained, ignored=0, dtype=torch.float32):
+    hidden = torch.randn(N, H, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, dtype=dtype, requires_grad=trained)
+    targets = torch.randint(V, (N,))
+    targets[:ignored] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("ignored", [0, N // 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_gradient_one(passes, dtype, ignored):
+    with torch.no_grad():
+        count = passes(lambda: fastpo.linear_logprobs(*inputs(False, ignored, dtype)))
+    assert count == 1 - ignored / N
+
+
+@pytest.mark.parametrize("ignored", [0, N // 2])
+@pytest.mark.parametrize(("trained", "expected"), [(False, 2), (True, 4)])
+def test_with_a_gradient(passes, trained, expected, ignored):
+    def step():
+        fastpo.linear_logprobs(*inputs(trained, ignored)).sum().backward()
+
+    assert passes(step) == expected * (1 - ignored / N)
+
+
+def test_trained_with_the_logits_kept_three_and_in_between(passes):
+    def step(saved_logits_bytes):
+        arguments = inputs(True)
+        logprobs = fastpo.linear_logprobs(*arguments, saved_logits_bytes=saved_logits_bytes)
+        logprobs.sum().backward()
+
+    assert passes(lambda: step(4 * N * V)) == 3
+    assert passes(lambda: step(2 * N * V)) == 3.5
+
+
+def test_frozen_head_is_never_multiplied_twice_for_two_losses(passes):
+    def step():
+        logprobs = fastpo.linear_logprobs(*inputs(False))
+        (logprobs.mean() + logprobs[::2].exp().sum()).backward()
+
+    assert passes(step) == 2
+
+
+@pytest.mark.parametrize(("hint", "expected"), [(None, 4), (("logprobs", "entropy"), 3)])
+def test_frozen_head_with_an_entropy_gradient(passes, hint, expected):
+    def step():
+        stats = fastpo.linear_token_stats(
+            *inputs(False), outputs=("logprobs", "entropy"), differentiable=hint
+        )
+        (stats.logprobs + stats.entropy).sum().backward()
+
+    assert passes(step) == expected
+
+
+def test_entropy_that_is_only_logged_costs_nothing(passes):
+    def step():
+        stats = fastpo.linear_token_stats(*inputs(False), outputs=("logprobs", "entropy"))
+        stats.logprobs.sum().backward()
+
+    assert passes(step) == 2
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_without_an_upstream_gradient_are_dropped(passes, trained):
+    upstream = torch.zeros(N)
+    upstream[: N // 4] = 1.0
+
+    def step():
+        fastpo.linear_logprobs(*inputs(trained)).backward(upstream)
+
+    assert passes(step) == (1 + 3 / 4 if trained else 2)
+
+
+def test_lora_on_a_frozen_head(passes):
+    """Three passes, and the rank's share: 1 of it forward, 1 recomputed, 2 backward."""
+    r = 4
+
+    def step():
+        hidden, weight, targets = inputs(False)
+        a = torch.randn(r, H, requires_grad=True)
+        b = torch.randn(V, r, requires_grad=True)
+        logprobs = fastpo.linear_logprobs(hidden, weight, targets, lora=fastpo.LoRA(a, b))
+        logprobs.sum().backward()
+
+    through_b, through_a = 4 * 2 * N * V * r, 4 * 2 * N * H * r
+    assert passes(step) * PASS == 3 * PASS + through_b + through_a
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype", "workspace_bytes", "expected"),
+    [
+        (True, torch.float32, None, 3),
+        (True, torch.bfloat16, None, 3),  # all logits fit
+        (True, torch.bfloat16, 4 * V * 8, 4),  # no float32 buffer for dW: recomputed
+        (False, torch.float32, None, 2),
+    ],
+)
+def test_nll(passes, trained, dtype, workspace_bytes, expected):
+    def step():
+        arguments = inputs(trained, dtype=dtype)
+        fastpo.linear_nll(*arguments, workspace_bytes=workspace_bytes).backward()
+
+    assert passes(step) == expected
