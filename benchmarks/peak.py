@@ -1,4 +1,4 @@
-"""Peak memory of one step of one provider on the CPU, in this process alone. Prints one JSON line."""
+"""Peak memory of one step of one provider on the CPU, in this process alone; prints JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who computes token log-probs: one function per provider, `(hidden, weight, targets) -> logprobs`.
 
-Targets of -100 are ignored and give 0. Every provider treats them as its own trainer does: those that
-score every position and mask afterwards do so here too.
+Targets of -100 are ignored and give 0. Every provider treats them as its own trainer does: those
+that score every position and mask afterwards do so here too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+from torch.nn import functional as F  # noqa: N812
 
 IGNORE = -100
 

@@ -95,4 +95,4 @@ def _short(line: dict[str, object]) -> str:
 def _number(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {v:.1e}" for k, v in value.items()) + "}"
-    return f"{value:.1e}"
+    return value if isinstance(value, str) else f"{value:.1e}"

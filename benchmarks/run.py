@@ -1,7 +1,7 @@
 """Prints figures and appends them to a file: `python benchmarks/run.py CASE [options]`.
 
-A benchmark is a program that prints figures, never a test with a time in it. Every result is checked
-against float64 before it is timed; a wrong one is reported and not timed.
+A benchmark is a program that prints figures, never a test with a time in it. Every result is
+checked against float64 before it is timed; a wrong one is reported and not timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from record import Writer
 
 CASES = ("logprobs", "memory", "accuracy", "segments")
-# Heads of published models: Gemma 2 2B, Llama 3 8B, Qwen 3 1.7B and Qwen 3 0.6B with long sequences.
+# Heads of published models: Gemma 2 2B, Llama 3 8B, Qwen 3 1.7B, and 0.6B with long sequences.
 PRESETS = {
     "A": (8192, 2304, 256000),
     "B": (16384, 4096, 128256),

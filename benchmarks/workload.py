@@ -48,9 +48,7 @@ def make(sizes: Sizes, seed: int = 0) -> Inputs:
     dtype = getattr(torch, sizes.dtype)
     hidden_NH = normal(sizes.n, sizes.h).to(dtype)
     weight_VH = normal(sizes.v, sizes.h, dtype=dtype).mul_(3 * sizes.h**-0.5)
-    targets_N = torch.randint(
-        sizes.v, (sizes.n,), generator=generator, device=sizes.device
-    )
+    targets_N = torch.randint(sizes.v, (sizes.n,), generator=generator, device=sizes.device)
     order_N = torch.randperm(sizes.n, generator=generator, device=sizes.device)
     targets_N[order_N[sizes.active :]] = IGNORE
     hidden_NH.requires_grad_(sizes.head != "no-grad")

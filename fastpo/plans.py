@@ -164,6 +164,7 @@ def forward(
         (N if saved_columns else 0, saved_columns), dtype=head.acc, device=device
     )
     rows = Rows(kept(targets != ignore_index), N)
+    saved_NS[rows.count :] = 0
     workspace = Workspace(head, rows.count, workspace_bytes, device)
     if keep_unit_grad:
         partial = torch.empty((workspace.rows, H), dtype=head.acc, device=device)

@@ -15,7 +15,7 @@ def assert_close_to_truth(out, truth, base, *, what="", per_element=False) -> No
     every element, ``|out - truth| <= |base - truth| + 8 eps(out) max(1, max|truth|)``.
     """
     assert out.shape == truth.shape == base.shape, f"{what}: {out.shape} {truth.shape} {base.shape}"
-    got, truth, base = (t.detach().double().cpu() for t in (out, truth, base))
+    got, truth, base = (t.detach().double().cpu().reshape(-1) for t in (out, truth, base))
     if truth.numel() == 0:
         return
     same = (got == truth) | (got.isnan() & truth.isnan())
@@ -31,8 +31,8 @@ def assert_close_to_truth(out, truth, base, *, what="", per_element=False) -> No
     def tell(bound: float) -> str:
         i = worst.item()
         return (
-            f"{what}: at {i} got {got.view(-1)[i]:.9g}, want {truth.view(-1)[i]:.9g}, base "
-            f"{base.view(-1)[i]:.9g}; error {error.max():.3g} > {bound:.3g}"
+            f"{what}: at {i} got {got[i]:.9g}, want {truth[i]:.9g}, base "
+            f"{base[i]:.9g}; error {error.max():.3g} > {bound:.3g}"
         )
 
     bound = 2 * yardstick.max().item() + floor
@@ -41,6 +41,6 @@ def assert_close_to_truth(out, truth, base, *, what="", per_element=False) -> No
         limit = yardstick + ELEMENT_ULPS * torch.finfo(out.dtype).eps * scale
         excess = (error - limit).argmax()
         assert (error <= limit).all(), (
-            f"{what}: element {excess.item()} got {got.view(-1)[excess]:.9g}, "
-            f"want {truth.view(-1)[excess]:.9g}, base {base.view(-1)[excess]:.9g}"
+            f"{what}: element {excess.item()} got {got[excess]:.9g}, "
+            f"want {truth[excess]:.9g}, base {base[excess]:.9g}"
         )

@@ -11,42 +11,43 @@ namespace {
 // error of a row's sum does not grow with its length.
 constexpr int64_t kSumBlock = 1024;
 
-// raw logits -> z, and the derivative of the soft-cap. kPlain: neither bias nor soft-cap.
+// raw logits -> z, and the derivative of the soft-cap. kPlain: neither bias nor soft-cap. Factors are
+// applied one by one, as the formula has them: a product of two would be rounded, and every z of the
+// row be off by the same share.
 template <typename T, bool kPlain>
 struct Transform {
   using A = Acc<T>;
   const A* bias;
-  A scale, softcap, inv_softcap, inv_temperature;
+  A scale, softcap, temperature;
 
   explicit Transform(const Tile& tile)
       : bias(static_cast<const A*>(tile.bias)),
-        scale(kPlain ? tile.scale / tile.temperature : tile.scale),
+        scale(tile.scale),
         softcap(tile.softcap),
-        inv_softcap(tile.softcap == 0 ? 0 : 1 / tile.softcap),
-        inv_temperature(1 / tile.temperature) {}
+        temperature(tile.temperature) {}
 
   Vec<A> raw(Vec<A> x, int64_t column, int64_t count) const {
-    if (bias != nullptr) {
+    if (!kPlain && bias != nullptr) {
       x += count == kLanes<A> ? load(bias + column) : load_part(bias + column, count, A(0));
     }
-    return x * scale;
+    return scale == 1 ? x : x * scale;
   }
+  Vec<A> divided(Vec<A> x) const { return temperature == 1 ? x : x / temperature; }
+
   Vec<A> operator()(Vec<A> x, int64_t column, int64_t count) const {
-    if constexpr (kPlain) return x * scale;
     x = raw(x, column, count);
-    return (softcap == 0 ? x : softcap * tanh(x * inv_softcap)) * inv_temperature;
+    return divided(kPlain || softcap == 0 ? x : softcap * tanh(x / softcap));
   }
   // z of a column and cap' of it.
   Vec<A> operator()(Vec<A> x, int64_t column, int64_t count, Vec<A>* cap_grad) const {
-    if constexpr (!kPlain) {
-      if (softcap != 0) {
-        const Vec<A> t = tanh(raw(x, column, count) * inv_softcap);
-        *cap_grad = 1 - t * t;
-        return softcap * t * inv_temperature;
-      }
-    }
+    x = raw(x, column, count);
     *cap_grad = broadcast(A(1));
-    return (*this)(x, column, count);
+    if (!kPlain && softcap != 0) {
+      const Vec<A> t = tanh(x / softcap);
+      *cap_grad = 1 - t * t;
+      x = softcap * t;
+    }
+    return divided(x);
   }
 };
 

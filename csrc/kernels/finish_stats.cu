@@ -7,9 +7,7 @@ namespace {
 
 template <typename Acc>
 FASTPO_DEVICE Acc log_add_exp(Acc a, Acc b) {
-  const Acc high = std::fmax(a, b);
-  if (high == -kInfinity<Acc>) return high;
-  return high + std::log1p(std::exp(-std::fabs(a - b)));
+  return std::fmax(a, b) + std::log1p(std::exp(-std::fabs(a - b)));
 }
 
 template <typename Acc>
@@ -64,7 +62,7 @@ FASTPO_KERNEL void finish_stats_kernel(RowState state, int64_t n, int64_t vocab,
   if (out.log_sum_sq_probs != nullptr) {
     const Acc of_rest = 2 * (log_q - std::log(sum)) + std::log(at[kSumSqExp]);
     write(out.log_sum_sq_probs, index,
-          log_add_exp(2 * log_p, alone ? -kInfinity<Acc> : of_rest));
+          alone ? 2 * log_p : log_add_exp(2 * log_p, of_rest));
   }
   write(out.mean_logits, index, at[kSumLogits] / static_cast<Acc>(vocab));
   if (out.is_top1 != nullptr) {

@@ -20,7 +20,7 @@ FASTPO_KERNEL void finish_weights_kernel(UnitGrad args, RowState state, acc_t<T>
   const Acc sum = at[kSumExp];
   const Acc one_minus_p = std::exp(-softplus(target_margin(at)));
   const Acc factor = slope * one_minus_p;
-  const Acc cap = cap_slope(at[kTargetLogit] * inverse_cap);
+  const Acc cap = inverse_cap == 0 ? 1 : cap_slope(at[kTargetLogit] * inverse_cap);
   const Acc inverse_sum = sum == 0 ? 0 : 1 / sum;  // a vocabulary of one word
 
   sweep_columns(

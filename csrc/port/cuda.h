@@ -75,9 +75,15 @@ FASTPO_DEVICE float16 from_float<float16>(float x) {
   return __float2half_rn(x);
 }
 
-template <typename... Params, typename... Args>
+// Arguments convert to the kernel's parameters: only the kernel decides the types.
+template <typename T>
+struct AsIs {
+  using type = T;
+};
+
+template <typename... Params>
 int launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared_bytes, void* stream,
-           const Args&... args) {
+           typename AsIs<Params>::type... args) {
   if (grid == 0) return cudaSuccess;
   if (grid < 0 || grid > INT_MAX) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(

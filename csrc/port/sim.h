@@ -66,9 +66,15 @@ void store_vec16(T* address, const Vec16<T>& value, Site site = Site::here()) {
   std::memcpy(address, &value, 16);
 }
 
-template <typename... Params, typename... Args>
+// Arguments convert to the kernel's parameters: only the kernel decides the types.
+template <typename T>
+struct AsIs {
+  using type = T;
+};
+
+template <typename... Params>
 int launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared_bytes, void*,
-           const Args&... args) {
+           typename AsIs<Params>::type... args) {
   if (grid < 0 || grid > INT_MAX) return kInvalidConfiguration;
   if (grid == 0) return 0;
   sim::Block threads(block, shared_bytes, [&] { kernel(args...); });

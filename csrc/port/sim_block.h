@@ -1,7 +1,8 @@
 // One thread block on the CPU: every thread is a fiber, and the fibers of a block take turns. A
-// fiber runs until it waits at a barrier or shuffle, or returns; when none can run any more, those
-// who wait together go on together. Any other outcome is an error that hangs or corrupts on a GPU,
-// and aborts the process with the lines involved.
+// fiber runs until it waits at a barrier or shuffle, or returns. A warp goes on through its shuffles
+// as far as it can before the next warp starts, so that each runs as far ahead of the others as
+// barriers allow. Threads that wait at different places, or for threads that have returned, are an
+// error that hangs or corrupts on a GPU: the process aborts with the lines involved.
 #pragma once
 
 #include <ucontext.h>
@@ -37,8 +38,8 @@ struct Site {
   }
 };
 
-// Order in which the threads of a block take their turns: 0 ascending, 1 descending, 2 shuffled
-// before every round by a generator of fixed seed. A missing barrier shows in at least one of them.
+// Order in which warps, and threads in a warp, take their turns: 0 ascending, 1 descending, 2
+// shuffled again and again by a generator of fixed seed. A missing barrier shows in one of them.
 inline int thread_order = 0;
 inline void set_thread_order(int order) { thread_order = order; }
 
@@ -70,9 +71,14 @@ class Block {
   }
 
   Block(int threads, size_t shared_bytes, std::function<void()> body)
-      : body_(std::move(body)), fibers_(threads), order_(threads), shared_bytes_(shared_bytes) {
+      : body_(std::move(body)), fibers_(threads), shared_bytes_(shared_bytes) {
     if (threads % kWarpThreads != 0) fail("the block size is not a multiple of the warp size");
-    for (int i = 0; i < threads; ++i) order_[i] = thread_order == 1 ? threads - 1 - i : i;
+    for (int i = 0; i < threads / kWarpThreads; ++i) warps_.push_back(i);
+    for (int i = 0; i < kWarpThreads; ++i) lanes_.push_back(i);
+    if (thread_order == 1) {
+      std::reverse(warps_.begin(), warps_.end());
+      std::reverse(lanes_.begin(), lanes_.end());
+    }
   }
 
   void run(int64_t index) {
@@ -81,11 +87,9 @@ class Block {
     current() = this;
     for (size_t i = 0; i < fibers_.size(); ++i) start(fibers_[i], stack(i));
     do {
-      if (thread_order == 2) std::shuffle(order_.begin(), order_.end(), generator_);
-      for (int thread : order_) {
-        if (fibers_[thread].state == State::kReady) resume(thread);
-      }
-    } while (release_waiting());
+      if (thread_order == 2) std::shuffle(warps_.begin(), warps_.end(), generator_);
+      for (int warp : warps_) run_warp(warp * kWarpThreads);
+    } while (release_barrier());
     current() = nullptr;
   }
 
@@ -188,13 +192,18 @@ class Block {
     enter_stack(self.fake_stack);
   }
 
+  void run_warp(int first) {
+    do {
+      if (thread_order == 2) std::shuffle(lanes_.begin(), lanes_.end(), generator_);
+      for (int lane : lanes_) {
+        if (fibers_[first + lane].state == State::kReady) resume(first + lane);
+      }
+    } while (release(State::kAtShuffle, first, first + kWarpThreads));
+  }
+
   // Called when no fiber can run. False when all have returned.
-  bool release_waiting() {
-    bool released = false;
-    for (size_t first = 0; first < fibers_.size(); first += kWarpThreads) {
-      released |= release(State::kAtShuffle, first, first + kWarpThreads);
-    }
-    if (released || release(State::kAtBarrier, 0, fibers_.size())) return true;
+  bool release_barrier() {
+    if (release(State::kAtBarrier, 0, fibers_.size())) return true;
     for (const Fiber& fiber : fibers_) {
       if (fiber.state != State::kDone) fail_divergent();
     }
@@ -213,7 +222,6 @@ class Block {
   [[noreturn]] void fail_divergent() const {
     std::fprintf(stderr, "fastpo sim: divergent barrier or shuffle in block %lld\n",
                  static_cast<long long>(index_));
-    size_t counted = 0;
     for (size_t i = 0; i < fibers_.size(); ++i) {
       const Fiber& fiber = fibers_[i];
       const auto same = [&](const Fiber& other) {
@@ -221,11 +229,11 @@ class Block {
                (fiber.state == State::kDone || other.site == fiber.site);
       };
       if (std::any_of(fibers_.begin(), fibers_.begin() + i, same)) continue;
-      counted = std::count_if(fibers_.begin(), fibers_.end(), same);
+      const auto counted = std::count_if(fibers_.begin(), fibers_.end(), same);
       if (fiber.state == State::kDone) {
-        std::fprintf(stderr, "  %zu threads have returned\n", counted);
+        std::fprintf(stderr, "  %td threads have returned\n", counted);
       } else {
-        std::fprintf(stderr, "  %zu threads wait at the %s in %s:%d\n", counted,
+        std::fprintf(stderr, "  %td threads wait at the %s in %s:%d\n", counted,
                      fiber.state == State::kAtBarrier ? "barrier" : "shuffle", fiber.site.file,
                      fiber.site.line);
       }
@@ -235,7 +243,7 @@ class Block {
 
   std::function<void()> body_;
   std::vector<Fiber> fibers_;
-  std::vector<int> order_;
+  std::vector<int> warps_, lanes_;
   std::mt19937 generator_{12345};
   size_t shared_bytes_;
   std::map<const void*, std::unique_ptr<unsigned char[]>> shared_;

@@ -141,7 +141,7 @@ def split_by_prompt(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Da
     """Hold out whole prompts, so that no prompt is seen both in training and in evaluation.
 
     Args:
-        rows: with a column ``prompt``.
+        rows: with a column ``prompt``; rows of an empty prompt are held out one by one.
         share: of the rows to hold out, in [0, 1); 0 for none. At least one prompt is held out.
         seed: of the choice, which depends on nothing else than the rows.
 
@@ -152,7 +152,7 @@ def split_by_prompt(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Da
         return rows, None
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(rows["prompt"]):
-        groups.setdefault(json.dumps(prompt), []).append(i)
+        groups.setdefault(json.dumps(prompt or i), []).append(i)
     prompts = sorted(groups)
     random.Random(seed).shuffle(prompts)
     held: list[int] = []

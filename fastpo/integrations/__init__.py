@@ -1,4 +1,4 @@
-"""Switches that put fastpo into other libraries, one module per library, imported when asked for."""
+"""Switches that put fastpo into other libraries, one module per library."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ class ChunkedLogProb:
                 log-probs are always computed.
 
         Returns:
-            ``(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, all float32 but the last.
+            ``(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)``: float32 (float64 for
+            float64 hidden states), the last one bool.
         """
         weight, bias = (_held(head) for head in (weight, bias))
         if not torch.is_autocast_enabled(hidden.device.type):

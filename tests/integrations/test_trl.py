@@ -1,4 +1,4 @@
-"""fastpo under TRL: the seam's contract, and its values and gradients against TRL's own function."""
+"""fastpo under TRL: the seam's contract, and its values and gradients against TRL's own."""
 
 import subprocess
 import sys

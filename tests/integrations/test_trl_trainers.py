@@ -1,11 +1,11 @@
 """TRL's trainers over several steps, with and without fastpo: the same losses.
 
 Both run the same model in float32 from the same seed, so their losses differ by rounding alone. A
-log-prob of about ln V = 4.2 carries an error of a few float32 ulps, 4 * 2^-24 * 4.2 = 1e-6, and so does
-a DPO loss near 0.7 that sums the log-probs of ten tokens times beta = 0.1. Each optimizer step adds an
-error of the same size to the weights times the learning rate, far below that. GRPO's loss is near zero,
-hence an absolute bound of the same size. The
-losses were seen to differ by 2e-7 at most.
+log-prob of about ln V = 4.2 carries an error of a few float32 ulps, 4 * 2^-24 * 4.2 = 1e-6, and so
+does a DPO loss near 0.7 that sums the log-probs of ten tokens times beta = 0.1. An optimizer step
+adds an error of the same size to the weights, times the learning rate, which is far below that. The
+loss of GRPO is near zero, hence an absolute bound of the same size. Losses were seen to differ by
+2e-7 at most.
 """
 
 import pytest

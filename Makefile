@@ -1,0 +1,50 @@
+# make demo   the main job, from nothing: fit a small model, train it with DPO, measure, draw
+# make test   the whole test suite, the formatters and the linter
+# Both make their own virtual environment in .venv and install what they need with pip.
+PYTHON ?= python3
+# For a CPU-only build of torch, or another version: make test TORCH="torch==2.13.0+cpu"
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test check bench format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/fastpo demo --output runs/demo
+
+test: $(VENV)/installed-tests check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/sim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: $(VENV)/installed-tests
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc tests/sim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+bench: $(VENV)/installed-tests
+	$(BIN)/python benchmarks/run.py logprobs
+
+# torch first and by its exact version, so that no later step brings another.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[train]"
+	touch $@
+
+# The tests want the simulator's modules too.
+$(VENV)/installed-tests: $(VENV)/torch $(SOURCES)
+	FASTPO_SIM=ON $(BIN)/python -m pip install --quiet --editable ".[train,test,peers]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build runs fastpo/*.so *.egg-info

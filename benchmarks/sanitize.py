@@ -1,0 +1,126 @@
+"""Every op once on small odd shapes on the GPU, to run under `compute-sanitizer`.
+
+Sizes are one off the vector and warp widths, so that a read past an end leaves its allocation.
+Results are only asked to be finite: the test suite compares them. `sanitize.py cpu` runs the same
+on the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+import fastpo
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _finite(*tensors: torch.Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not tensor.isfinite().all():
+            raise SystemExit("a result is not finite")
+
+
+def _head(n, h, v, dtype, device, trained):
+    hidden_NH = torch.randn(n, h, device=device).to(dtype).requires_grad_()
+    weight_VH = torch.randn(v, h, device=device).to(dtype).requires_grad_(trained)
+    bias_V = torch.randn(v, device=device).to(dtype).requires_grad_(trained)
+    targets_N = torch.randint(v, (n,), device=device)
+    targets_N[::3] = -100
+    return hidden_NH, weight_VH, targets_N, bias_V
+
+
+def token_stats(device: str) -> None:
+    """Statistics of a head: each dtype, frozen and trained, in one tile and in several."""
+    names = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    sizes = ((7, 33, 131), (33, 17, 1025))
+    for dtype, trained, (n, h, v) in itertools.product(_DTYPES, (False, True), sizes):
+        hidden_NH, weight_VH, targets_N, bias_V = _head(n, h, v, dtype, device, trained)
+        for outputs, workspace_bytes in ((names, None), (("logprobs",), 1 << 14)):
+            stats = fastpo.linear_token_stats(
+                hidden_NH, weight_VH, targets_N, bias_V, outputs=outputs, softcap=5.0,
+                logit_scale=0.5, temperature=0.7, workspace_bytes=workspace_bytes,
+            )  # fmt: skip
+            loss = sum(s.sum() for s in stats if s is not None and s.requires_grad)
+            leaves = [t for t in (hidden_NH, weight_VH, bias_V) if t.requires_grad]
+            _finite(*stats, *torch.autograd.grad(loss, leaves))
+
+
+def saved_logits(device: str) -> None:
+    """Logits kept from forward to backward, whole and in part."""
+    for budget in (1 << 12, 1 << 24):
+        hidden_NH, weight_VH, targets_N, _ = _head(9, 33, 515, torch.bfloat16, device, True)
+        logps_N = fastpo.linear_logprobs(hidden_NH, weight_VH, targets_N, saved_logits_bytes=budget)
+        _finite(*torch.autograd.grad(logps_N.sum(), (hidden_NH, weight_VH)))
+
+
+def lora(device: str) -> None:
+    """A low-rank addition to a frozen head."""
+    hidden_NH, weight_VH, targets_N, _ = _head(9, 33, 515, torch.bfloat16, device, False)
+    factors = fastpo.LoRA(
+        torch.randn(3, 33, device=device, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(515, 3, device=device, dtype=torch.bfloat16, requires_grad=True),
+        2.0,
+    )
+    logps_N = fastpo.linear_logprobs(hidden_NH, weight_VH, targets_N, lora=factors)
+    _finite(*torch.autograd.grad(logps_N.sum(), (hidden_NH, factors.a, factors.b)))
+
+
+def no_tokens(device: str) -> None:
+    """N = 0, and a batch whose targets are all ignored."""
+    for n in (0, 5):
+        hidden_NH, weight_VH, targets_N, _ = _head(n, 33, 131, torch.float32, device, True)
+        targets_N.fill_(-100)
+        logps_N = fastpo.linear_logprobs(hidden_NH, weight_VH, targets_N)
+        _finite(logps_N, *torch.autograd.grad(logps_N.sum(), (hidden_NH, weight_VH)))
+
+
+def segments(device: str) -> None:
+    """Sums over sequences, padded and packed, some of them empty."""
+    values_BT = torch.randn(5, 131, device=device, requires_grad=True)
+    mask_BT = torch.rand(5, 131, device=device) < 0.5
+    mask_BT[2] = False
+    sums_B = fastpo.sequence_sums(values_BT, mask=mask_BT)
+    _finite(sums_B, *torch.autograd.grad(sums_B.sum(), values_BT))
+    values_N = torch.randn(131, device=device, requires_grad=True)
+    offsets = torch.tensor([0, 1, 34, 34, 130], device=device)
+    sums_B = fastpo.sequence_sums(values_N, cu_seqlens=offsets)
+    _finite(sums_B, *torch.autograd.grad(sums_B.sum(), values_N))
+
+
+def logits(device: str) -> None:
+    """Log-probs of logits that are already there."""
+    for dtype, v in itertools.product(_DTYPES, (131, 1025)):
+        logits_NV = torch.randn(7, v, device=device).to(dtype).requires_grad_()
+        targets_N = torch.randint(v, (7,), device=device)
+        targets_N[::3] = -100
+        logps_N = fastpo.logprobs(logits_NV, targets_N)
+        _finite(logps_N, *torch.autograd.grad(logps_N.sum(), logits_NV))
+
+
+def nll(device: str) -> None:
+    """The mean negative log-likelihood, whose gradients are made in forward."""
+    for trained in (False, True):
+        hidden_NH, weight_VH, targets_N, _ = _head(9, 33, 515, torch.bfloat16, device, trained)
+        loss = fastpo.linear_nll(hidden_NH, weight_VH, targets_N, workspace_bytes=1 << 14)
+        leaves = [t for t in (hidden_NH, weight_VH) if t.requires_grad]
+        _finite(loss, *torch.autograd.grad(loss, leaves))
+
+
+def main() -> None:
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    reason = fastpo.backends.why_not(device, device)
+    if reason:
+        raise SystemExit(reason)
+    torch.manual_seed(0)
+    for check in (token_stats, saved_logits, lora, no_tokens, segments, logits, nll):
+        check(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(check.__name__, "ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+// Reverses a row through shared memory. Planted: threads read what others may not have written yet.
+// Argument: the thread order.
+#include <cstdlib>
+
+#include "port/port.h"
+
+FASTPO_KERNEL void reverse_kernel(const float* in, float* out) {
+  FASTPO_SHARED(float, row, fastpo::kBlockThreads);
+  const int i = fastpo::thread_index();
+  row[i] = in[i];
+#ifndef PLANTED
+  fastpo::barrier();
+#endif
+  // Warps do not wait for each other in a shuffle, so it is no replacement for the barrier.
+  const float left = fastpo::shuffle_xor(row[fastpo::kBlockThreads - 1 - i], 1);
+  out[i ^ 1] = left;
+}
+
+int main(int, char** arguments) {
+  fastpo::sim::set_thread_order(std::atoi(arguments[1]));
+  constexpr int n = fastpo::kBlockThreads;
+  float in[n], out[n];
+  for (int i = 0; i < n; ++i) in[i] = static_cast<float>(i);
+  if (fastpo::launch(reverse_kernel, 1, n, 0, nullptr, in, out) != 0) return 2;
+  for (int i = 0; i < n; ++i) {
+    if (out[i] != static_cast<float>(n - 1 - i)) return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,94 @@
+"""Every CUDA kernel in the simulator under the address and undefined-behaviour sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastpo._sim", reason="built without FASTPO_SIM")
+
+SETUP = """
+import torch
+from fastpo import backends
+from fastpo._native import NativeKernels
+import fastpo._sim_asan
+backends._load = lambda name: (NativeKernels(fastpo._sim_asan, name), "")
+backends._override = "sim"
+import fastpo
+"""
+
+EVERY_KERNEL = """
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for order in (0, 1, 2):
+    fastpo._sim_asan.set_thread_order(order)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for V in (1, 7, 130, 275):
+            for trained in (False, True):
+                hidden = torch.randn(3, 9, dtype=dtype, requires_grad=True)
+                weight = torch.randn(V, 9, dtype=dtype, requires_grad=trained)
+                bias = torch.randn(V, dtype=dtype) if V > 7 else None
+                targets = torch.randint(V, (3,))
+                targets[1] = -100
+                stats = fastpo.linear_token_stats(
+                    hidden, weight, targets, bias, workspace_bytes=1, softcap=3.0 if V > 7 else None,
+                    outputs=("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+                )
+                (stats.logprobs + trained * stats.entropy).sum().backward()
+            logits = torch.randn(2, V + 1, dtype=dtype)[:, 1:].requires_grad_()
+            out = fastpo.logprobs(logits, torch.zeros(2, dtype=torch.int64))
+            out.sum().backward()
+        for T in (0, 1, 33, 200):
+            values = torch.randn(2, T + 1, dtype=dtype)[:, :T].requires_grad_()
+            mask = torch.rand(2, T) < 0.7
+            weights = torch.rand(2, T, requires_grad=True)
+            sums = fastpo.sequence_log_ratios(values, values.detach(), mask, weights=weights)
+            sums.sum().backward()
+            packed = torch.randn(T, dtype=dtype, requires_grad=True)
+            lengths = torch.tensor([0, T // 3, T // 3, T])
+            fastpo.sequence_sums(packed, cu_seqlens=lengths).sum().backward()
+print("clean")
+"""
+
+
+BEYOND_THE_ROW = """
+from fastpo.tiles import RowState, Tile
+logits = torch.randn(1, 64)
+state = RowState.start(1, torch.float32, logits.device, 0)
+tile = Tile(logits, torch.tensor([3]))
+arguments = {**fastpo._native._tile(tile), **fastpo._native._state(state), "v": 65}
+fastpo._sim_asan.chunk_stats(**arguments, stream=0, threads=0)
+"""
+
+
+def runtime(name):
+    found = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    return found.stdout.strip()
+
+
+def sanitized(program):
+    preload = " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so"))
+    options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python itself leaks
+    environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": options}
+    return subprocess.run(
+        [sys.executable, "-c", SETUP + program], capture_output=True, text=True, env=environment,
+        cwd=Path(__file__).parent, timeout=900,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_kernel_touches_what_it_must_not():
+    done = sanitized(EVERY_KERNEL)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "clean"
+
+
+def test_a_read_beyond_the_row_would_be_seen():
+    done = sanitized(BEYOND_THE_ROW)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "csrc/" in done.stderr
