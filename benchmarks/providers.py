@@ -22,6 +22,10 @@ class Provider(NamedTuple):
     logprobs: Callable | None
     why_not: str = ""
 
+    def serves(self, head: str) -> bool:
+        """Logits are saved for a trained head only; elsewhere that provider is fastpo itself."""
+        return self.name != "fastpo-saved" or head == "trained"
+
 
 def plain(hidden, weight, targets):
     """What a trainer without a fused head does: logits, fp32 copy, log-softmax, gather."""

@@ -75,7 +75,7 @@ class Writer:
 
 def _short(line: dict[str, object]) -> str:
     """A line for people: the sizes, the figures, and what went wrong."""
-    keys = ("case", "n", "h", "v", "dtype", "head", "provider")
+    keys = ("case", "n", "h", "v", "dtype", "head" if "head" in line else "mode", "provider")
     parts = [str(line[key]) for key in keys if line.get(key) is not None]
     for key, form in (
         ("p50_ms", "{:.2f} ms"),

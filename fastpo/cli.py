@@ -34,7 +34,7 @@ app.add_typer(train, name="train")
 
 
 def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None]:
-    """A command with one flag per field of ``cls``; a flag that is not given leaves the YAML value."""
+    """A command with one flag per field of ``cls``; flags not given leave the YAML values."""
 
     def command(config: str | None = None, **flags: Any) -> None:
         given = {name: value for name, value in flags.items() if value is not None}
@@ -61,7 +61,7 @@ def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    # typer reads Optional of a type that is known at run time only, as a union operator cannot spell it.
+    # Optional, as the type is known at run time only.
     annotation = Annotated[Optional[kind], option]  # noqa: UP045
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)

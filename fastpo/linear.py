@@ -13,7 +13,7 @@ from fastpo.tiles import MOMENTS, accumulation_dtype
 
 _OUTPUTS = ("logprobs", "lse", *MOMENTS)
 _DIFFERENTIABLE = ("logprobs", "lse", "entropy")
-_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_WORKSPACE_BYTES = {"cpu": 64 << 20}  # elsewhere 512 MiB
 
 
 class LoRA(NamedTuple):
@@ -120,7 +120,7 @@ def scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspa
     if softcap is not None:
         _check.check_positive(op, "softcap", softcap)
     if workspace_bytes is None:
-        workspace_bytes = _WORKSPACE_BYTES[hidden.device.type]
+        workspace_bytes = _WORKSPACE_BYTES.get(hidden.device.type, 512 << 20)
     _check.check_positive(op, "workspace_bytes", workspace_bytes)
     cap = 0.0 if softcap is None else float(softcap)
     return float(logit_scale), cap, float(temperature), ignore_index, int(workspace_bytes)

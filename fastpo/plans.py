@@ -66,6 +66,10 @@ class Rows:
     def take_all(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else self.take(tensor, 0, self.count)
 
+    def target(self, out: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Where results of rows ``start .. stop`` go in ``out`` [N, ...], by ``indices``."""
+        return out[start:stop] if self.index is None else out
+
     def indices(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.index is None else self.index[start:stop]
 
@@ -189,14 +193,16 @@ def forward(
             kernels.chunk_weights(tile, state, weights_nv, partial[:n] if start else None)
             multiply(weights_nv, weight_vH, partial[:n], add=start > 0)
         where = {"rows": rows.indices(first, last)}
+        wanted = {name: rows.target(out, first, last) for name, out in asked.items()}
         kernels.finish_stats(
-            state, targets_n, vocab=head.vocab, ignore_index=ignore_index, **where, **asked
+            state, targets_n, vocab=head.vocab, ignore_index=ignore_index, **where, **wanted
         )
         if keep_unit_grad:
             # A target out of range has poisoned its state; here it only must not be read.
             target_rows_nH = weight.index_select(0, targets_n.clamp(0, head.vocab - 1))
+            out_NH = rows.target(unit_grad_NH, first, last)
             kernels.finish_weights(
-                state, partial[:n], target_rows_nH, unit_grad_NH, **where, **head.transform
+                state, partial[:n], target_rows_nH, out_NH, **where, **head.transform
             )
     return *outputs.values(), unit_grad_NH, saved_NS
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_close_to_truth
 
 import fastpo
+from fastpo import plans
 from fastpo.tiles import MOMENTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -153,6 +154,18 @@ def test_results_do_not_depend_on_the_workspace(device, frozen):
     tensors, targets = problem(torch.float32, device, V=1000)
     for workspace_bytes in (1, 1 << 12, 1 << 16, 1 << 26):
         check(tensors, targets, torch.float32, frozen, workspace_bytes=workspace_bytes)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])
+def test_more_rows_than_a_tile_has(device, frozen, ignored):
+    """Two whole blocks of rows and one row: every block's results must land in its own rows."""
+    N = 2 * plans._ROWS[device.type] + 1
+    tensors, targets = problem(torch.float32, device, (N,), H=8, V=150)
+    if not ignored:
+        targets = targets.clamp(min=0)
+    for saved in (0, 1 << 30):
+        check(tensors, targets, torch.float32, frozen, saved_logits_bytes=saved)
 
 
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])

@@ -26,7 +26,7 @@ def run(options, found, write) -> None:
         exact = workload.truth(random)
         confident = {p: _confident(sizes, p) for p in CONFIDENCES}
         confident_exact = {p: workload.truth(inputs) for p, inputs in confident.items()}
-        for provider in found:
+        for provider in (p for p in found if p.serves(head)):
             line = {"case": "accuracy", "provider": provider.name, **sizes._asdict()}
             del line["device"]
             try:

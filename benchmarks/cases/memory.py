@@ -21,7 +21,7 @@ def run(options, found, write) -> None:
             options.n or 2048, options.h or 1024, v, dtype, head, options.device, ignored
         )
         for provider in found:
-            if provider.name == "fastpo-saved" and head != "trained":
+            if not provider.serves(head):
                 continue
             line = {"case": "memory", "provider": provider.name, "mode": "forward+backward"}
             line |= sizes._asdict()

@@ -116,8 +116,8 @@ template <typename... T>
 constexpr int kVecItems = 16 / std::min({sizeof(T)...});
 
 // visit(Columns) over [0, v), up to kMaxPacks runs at once; the visitor may pass `rows` and those
-// columns to load and store. Rows whose addresses never align together go one element at a time. The
-// loops are not unrolled further: the body is long, and has its loads in flight already.
+// columns to load and store. Rows whose addresses never align together go one element at a time.
+// The loops are not unrolled further: the body is long, and has its loads in flight already.
 template <int kMaxPacks = 4, typename Visit, typename... T>
 FASTPO_DEVICE void sweep_columns(int64_t v, Visit visit, const T*... rows) {
   constexpr int kItems = kVecItems<T...>;

@@ -2,8 +2,9 @@
 // block sweeps a tile, then merged, then folded into memory. kMoments: all optional statistics are
 // carried along, and those that RowState::moments asks for are written.
 //
-// -inf needs no special case downstream because of two rules: sums are never rescaled from a maximum
-// of -inf (nothing is in them), and exponents are taken against 0 while the maximum is -inf.
+// -inf needs no special case downstream because of two rules: sums are never rescaled from a
+// maximum of -inf (nothing is in them), and exponents are taken against 0 while the maximum is
+// -inf.
 #pragma once
 
 #include <climits>

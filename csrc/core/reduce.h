@@ -9,7 +9,7 @@
 
 namespace fastpo {
 
-// The sum of a warp, in lane 0.
+// The merged value of a warp, in lane 0.
 template <typename R>
 FASTPO_DEVICE R warp_merge(R value, Site site = Site::here()) {
 #pragma unroll 1

@@ -26,8 +26,8 @@ struct Transform {
   static constexpr int kMaxPacks = kPlain && std::is_same_v<Acc, float> ? 4 : 1;
 
   const Acc* bias;
-  Acc slope;             // dz / dlogit without soft-cap
-  Acc cap_in, cap_out;   // z = cap_out * tanh(cap_in * logit); cap_in is 0 without soft-cap
+  Acc slope;            // dz / dlogit without soft-cap
+  Acc cap_in, cap_out;  // z = cap_out * tanh(cap_in * logit); cap_in is 0 without soft-cap
 
   explicit Transform(const Tile& tile)
       : bias(static_cast<const Acc*>(tile.bias)),
@@ -63,18 +63,21 @@ struct Transform {
   }
 };
 
-// f(plain, moments) with the flags a kernel is compiled for: the common cases lean, the rest in one.
+// f(plain, moments) with the flags a kernel is compiled for: the common cases lean, the rest in
+// one.
 template <typename TIn, typename F>
 int with_variant(const Tile& tile, bool moments, F f) {
   if constexpr (std::is_same_v<acc_t<TIn>, float>) {
     if (tile.bias == nullptr && tile.softcap == 0) {
-      return moments ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
+      return moments ? f(std::true_type{}, std::true_type{})
+                     : f(std::true_type{}, std::false_type{});
     }
   }
   return f(std::false_type{}, std::true_type{});
 }
 
-// The column of the row's target in this tile, or -1. Wrapping arithmetic: a target may be anything.
+// The column of the row's target in this tile, or -1. Wrapping arithmetic: a target may be
+// anything.
 FASTPO_DEVICE int64_t target_column(const Tile& tile, int64_t target) {
   const uint64_t column = static_cast<uint64_t>(target) - static_cast<uint64_t>(tile.vocab_start);
   return column < static_cast<uint64_t>(tile.v) ? static_cast<int64_t>(column) : -1;

@@ -1,5 +1,5 @@
-// chunk_stats: folds a tile of logits into the running statistics of its rows. One block per row, one
-// online pass: v * sizeof(TIn) bytes read per row, and a few words of state.
+// chunk_stats: folds a tile of logits into the running statistics of its rows. One block per row,
+// one online pass: v * sizeof(TIn) bytes read per row, and a few words of state.
 #include "core/online_softmax.h"
 
 namespace fastpo::FASTPO_BACKEND {

@@ -1,8 +1,8 @@
 // chunk_weights: folds a tile into the running statistics of its rows and turns it into the weights
 // exp(z - max) of the frozen-head product, in place or into another buffer. One block per row, two
-// passes, since the weights need the final maximum: 2 v sizeof(TIn) bytes read (the second time from
-// L2, where the row fits) and v sizeof(TOut) written per row; where the maximum moved, also
-// 2 hidden sizeof(acc) for rescaling the partial product.
+// passes, since the weights need the final maximum: 2 v sizeof(TIn) bytes read (the second time
+// from L2, where the row fits) and v sizeof(TOut) written per row; where the maximum moved, also 2
+// hidden sizeof(acc) for rescaling the partial product.
 #include "core/online_softmax.h"
 
 namespace fastpo::FASTPO_BACKEND {

@@ -15,12 +15,11 @@ FASTPO_DEVICE void write(void* out, int64_t index, Acc value) {
   if (out != nullptr) static_cast<Acc*>(out)[index] = value;
 }
 
-// With p the target's probability and q = 1 - p that of the rest, the sums over the vocabulary split
-// into the target's term and q times (or q^2 times) a sum over the distribution of the rest.
+// With p the target's probability and q = 1 - p that of the rest, the sums over the vocabulary
+// split into the target's term and q times (or q^2 times) a sum over the distribution of the rest.
 template <typename Acc>
 FASTPO_KERNEL void finish_stats_kernel(RowState state, int64_t n, int64_t vocab,
-                                       const int64_t* targets, int64_t ignore_index,
-                                       StatsOut out) {
+                                       const int64_t* targets, int64_t ignore_index, StatsOut out) {
   const int64_t row = block_index() * kBlockThreads + thread_index();
   if (row >= n) return;
   const int64_t index = out.rows == nullptr ? row : out.rows[row];
@@ -61,8 +60,7 @@ FASTPO_KERNEL void finish_stats_kernel(RowState state, int64_t n, int64_t vocab,
   }
   if (out.log_sum_sq_probs != nullptr) {
     const Acc of_rest = 2 * (log_q - std::log(sum)) + std::log(at[kSumSqExp]);
-    write(out.log_sum_sq_probs, index,
-          alone ? 2 * log_p : log_add_exp(2 * log_p, of_rest));
+    write(out.log_sum_sq_probs, index, alone ? 2 * log_p : log_add_exp(2 * log_p, of_rest));
   }
   write(out.mean_logits, index, at[kSumLogits] / static_cast<Acc>(vocab));
   if (out.is_top1 != nullptr) {
@@ -73,9 +71,8 @@ FASTPO_KERNEL void finish_stats_kernel(RowState state, int64_t n, int64_t vocab,
 
 }  // namespace
 
-int finish_stats(DType acc, const RowState& state, int64_t n, int64_t vocab,
-                 const int64_t* targets, int64_t ignore_index, const StatsOut& out, void* stream,
-                 int) {
+int finish_stats(DType acc, const RowState& state, int64_t n, int64_t vocab, const int64_t* targets,
+                 int64_t ignore_index, const StatsOut& out, void* stream, int) {
   return with_dtype(acc, [&](auto type) {
     using Acc = acc_t<typename decltype(type)::type>;
     const int64_t blocks = (n + kBlockThreads - 1) / kBlockThreads;

@@ -7,9 +7,8 @@ namespace fastpo::FASTPO_BACKEND {
 namespace {
 
 template <typename T>
-FASTPO_KERNEL void scale_rows_kernel(const T* input, int64_t input_stride,
-                                     const acc_t<T>* factors, T* out, int64_t out_stride,
-                                     int64_t hidden) {
+FASTPO_KERNEL void scale_rows_kernel(const T* input, int64_t input_stride, const acc_t<T>* factors,
+                                     T* out, int64_t out_stride, int64_t hidden) {
   const int64_t row = block_index();
   const acc_t<T> factor = factors[row];
   const T* from = input + row * input_stride;

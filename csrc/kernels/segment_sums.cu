@@ -1,8 +1,8 @@
-// segment_sums and its backward: per-sequence weighted sums of token values. One block per sequence,
-// one pass over its positions: sizeof(T) bytes per position for values and for reference,
-// sizeof(acc) for weights, 1 for the mask; the backward writes as much as it is asked for. The order
-// of additions follows from the position in the sequence alone, so accesses are not widened by
-// alignment.
+// segment_sums and its backward: per-sequence weighted sums of token values. One block per
+// sequence, one pass over its positions: sizeof(T) bytes per position for values and for reference,
+// sizeof(acc) for weights, 1 for the mask; the backward writes as much as it is asked for. The
+// order of additions follows from the position in the sequence alone, so accesses are not widened
+// by alignment.
 #include "core/dtype.h"
 #include "core/reduce.h"
 

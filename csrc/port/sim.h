@@ -13,9 +13,9 @@
 
 #define FASTPO_KERNEL
 #define FASTPO_DEVICE inline
-#define FASTPO_SHARED(type, name, count)   \
-  static const char name##_key = 0;        \
-  type* const name = static_cast<type*>(   \
+#define FASTPO_SHARED(type, name, count) \
+  static const char name##_key = 0;      \
+  type* const name = static_cast<type*>( \
       fastpo::sim::Block::current()->shared(&name##_key, sizeof(type) * (count)))
 #define FASTPO_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(fastpo::sim::Block::current()->dynamic_shared())

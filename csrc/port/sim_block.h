@@ -1,8 +1,9 @@
 // One thread block on the CPU: every thread is a fiber, and the fibers of a block take turns. A
-// fiber runs until it waits at a barrier or shuffle, or returns. A warp goes on through its shuffles
-// as far as it can before the next warp starts, so that each runs as far ahead of the others as
-// barriers allow. Threads that wait at different places, or for threads that have returned, are an
-// error that hangs or corrupts on a GPU: the process aborts with the lines involved.
+// fiber runs until it waits at a barrier or shuffle, or returns. A warp goes on through its
+// shuffles as far as it can before the next warp starts, so that each runs as far ahead of the
+// others as barriers allow. Threads that wait at different places, or for threads that have
+// returned, are an error that hangs or corrupts on a GPU: the process aborts with the lines
+// involved.
 #pragma once
 
 #include <ucontext.h>

@@ -1,4 +1,4 @@
-"""Rows of training data from a JSONL file, a ``datasets`` folder or a hub name, checked one by one."""
+"""Rows of training data from a JSONL file, a ``datasets`` folder or a hub name, each checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class DataError(ValueError):
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects of a JSONL file, gzipped if it ends in ``.gz``; blank lines skipped.
+    """Line numbers, from 1, and objects of a JSONL file; blank lines are skipped.
+
+    The file is gzipped if its name ends in ``.gz``.
 
     Raises:
         DataError: a line is not a JSON object, or the file is damaged or not UTF-8.
@@ -65,7 +67,7 @@ def check_row(row: dict[str, Any], fields: Sequence[str], where: str) -> str:
         DataError: a field is missing, of another type, or the two kinds are mixed.
 
     Example:
-        >>> check_row({"prompt": "1 + 1 =", "completion": " 2"}, COMPLETION_FIELDS, "sums.jsonl, line 1")
+        >>> check_row({"prompt": "1 +", "completion": " 1"}, COMPLETION_FIELDS, "a.jsonl, line 1")
         'text'
     """
     kinds = {}
@@ -86,7 +88,7 @@ def check_row(row: dict[str, Any], fields: Sequence[str], where: str) -> str:
 def load_rows(
     source: str, fields: Sequence[str], split: str = "train", limit: int | None = None
 ) -> Dataset:
-    """Load and check rows; columns ``fields`` and ``row``, the line number or the index in the source.
+    """Load and check rows: columns ``fields``, and ``row``, the line number or index in the source.
 
     Args:
         source: a ``.jsonl`` or ``.jsonl.gz`` file, a folder written by ``save_to_disk``, or what

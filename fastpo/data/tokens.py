@@ -56,10 +56,10 @@ def encode_row(
 ) -> dict[str, Any]:
     """Token ids of one row, with the prompt shared by all its completions.
 
-    Prompt and completion are tokenised apart, so that all completions follow one and the same prompt.
-    A text completion ends with the end-of-sequence token; a chat template writes its own end. If the
+    Prompt and completion are tokenised apart, so that all completions follow the same prompt. A
+    text completion ends with the end-of-sequence token; a chat template writes its own end. If the
     longest sequence is above ``max_length``, the prompt first loses tokens at its start (a
-    beginning-of-sequence token is kept), down to one; only then completions lose tokens at their end.
+    beginning-of-sequence token is kept), down to one; only then completions lose their end.
 
     Args:
         row: ``fields`` and ``row``, the number used in messages.
@@ -81,7 +81,7 @@ def encode_row(
         prompt_ids = prompt_ids[:-1]  # Some tokenisers close every text.
     completions_ids = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in completions]
     if not is_chat and eos is not None:
-        completions_ids = [ids + [eos] for ids in completions_ids]
+        completions_ids = [[*ids, eos] for ids in completions_ids]
     for field, ids in zip(fields[1:], completions_ids, strict=True):
         if not ids:
             raise DataError(
@@ -106,7 +106,7 @@ def encode_row(
 def tokenize_rows(
     rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, TokenReport]:
-    """Tokenise rows of :func:`fastpo.data.records.load_rows`; the rule is that of :func:`encode_row`.
+    """Tokenise rows of :func:`fastpo.data.records.load_rows` by :func:`encode_row`.
 
     Returns:
         A dataset with ``<field>_ids`` per field, ``row`` and ``index`` (0, 1, ...), and the report.
@@ -149,8 +149,8 @@ def _batch(prompts: list[list[int]], completions: list[list[int]], pad_id: int) 
 class PairCollator:
     """Pads P pairs to a batch of 2 P rows: all chosen sequences, then all rejected ones.
 
-    Keys: ``index`` [P], ``row`` [P], ``input_ids``, ``attention_mask`` and ``labels`` [2 P, T] int64,
-    with labels -100 outside the completions, and ``ref_logprobs`` [P, 2] where the rows carry them.
+    Keys: ``index`` and ``row`` [P]; ``input_ids``, ``attention_mask`` and ``labels`` [2 P, T],
+    labels -100 outside the completions; ``ref_logprobs`` [P, 2] where the rows carry them.
     """
 
     pad_id: int
@@ -168,7 +168,7 @@ class PairCollator:
 
 @dataclass
 class CompletionCollator:
-    """Pads B completions: ``index``, ``row`` [B]; ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
+    """Pads B completions; the keys of :class:`PairCollator`, [B] and [B, T]."""
 
     pad_id: int
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 PROMPT_WORDS = 32
 CONTINUATION_WORDS = 16
+STUTTERS = 2
 _SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data")
 _LONGEST_FILE = 120_000
-_CANDIDATES = 8
 
 
 def _words(text: str) -> list[str]:
@@ -65,35 +65,37 @@ def passages(words: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def pairs(found: list[tuple[str, str]], generator: random.Random) -> list[dict[str, str]]:
-    """Preference pairs of one document: the true continuation against that of another passage.
+def stutter(text: str, generator: random.Random) -> str:
+    """The text with a few of its words replaced by the word before: a repetition, as models make.
 
-    Of a few other passages, the continuation of nearest length is taken, so that length says nothing.
+    >>> stutter(" one two three four", random.Random(1))
+    ' one one three three'
     """
-    rows = []
-    for i, (prompt, chosen) in enumerate(found):
-        others = [j for j in range(len(found)) if j != i]
-        if others:
-            candidates = generator.sample(others, min(_CANDIDATES, len(others)))
-            nearest = min(candidates, key=lambda j: abs(len(found[j][1]) - len(chosen)))
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": found[nearest][1]})
-    return rows
+    words = text.split()
+    for i in generator.sample(range(1, len(words)), STUTTERS):
+        words[i] = words[i - 1]
+    return " " + " ".join(words)
 
 
 def task(seed: int = 0, held_share: float = 0.1) -> dict[str, list[dict[str, str]]]:
-    """Rows to fit (``fit``), pairs to train on (``train``) and pairs of held-out documents (``held``)."""
+    """Rows to fit (``fit``), pairs to train on (``train``) and pairs of other documents (``held``).
+
+    In a pair, the chosen completion is the true continuation and the rejected one its stutter.
+    """
     texts = documents()
     names = sorted(texts)
     generator = random.Random(seed)
     generator.shuffle(names)
     rows: dict[str, list[dict[str, str]]] = {"fit": [], "train": [], "held": []}
     for i, name in enumerate(names):
-        found = passages(texts[name])
-        if i < held_share * len(names):
-            rows["held"] += pairs(found, generator)
-        else:
-            rows["fit"] += [{"prompt": "", "completion": p + c} for p, c in found]
-            rows["train"] += pairs(found, generator)
+        is_held = i < held_share * len(names)
+        for prompt, chosen in passages(texts[name]):
+            rejected = stutter(chosen, generator)
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            if rejected != chosen:
+                rows["held" if is_held else "train"].append(pair)
+            if not is_held:
+                rows["fit"].append({"prompt": "", "completion": prompt + chosen})
     for part in rows.values():
         generator.shuffle(part)
     return rows

@@ -1,6 +1,6 @@
 """Trainers on top of ``transformers.Trainer``; they need the extra ``fastpo[train]``.
 
 ``fastpo.trainers.dpo.DPOTrainer`` and ``fastpo.trainers.sft.SFTTrainer`` take a model and tokenised
-rows; ``fastpo.trainers.run`` goes from a config (``fastpo.trainers.config``) to a finished run, as the
-command line does. Nothing is imported here, so that ``fastpo --help`` stays fast.
+rows; ``fastpo.trainers.run`` goes from a config (``fastpo.trainers.config``) to a finished run, as
+the command line does. Nothing is imported here, so that ``fastpo --help`` stays fast.
 """

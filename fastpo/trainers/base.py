@@ -1,4 +1,4 @@
-"""What the trainers share: metrics without extra synchronisation, and a stop at the first non-finite loss."""
+"""What the trainers share: metrics without extra synchronisation, a stop at a non-finite loss."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StatisticTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
 
     def record(self, inputs: dict[str, Tensor], loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Note a training batch: the rows it came from, its loss and its mean metrics (0-d each)."""
+        """Note a training batch: its rows, its loss and its mean metrics (0-d each)."""
         self._recent.append((self.state.global_step + 1, inputs["row"], loss.detach()))
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -91,6 +91,6 @@ class StatisticTrainer(Trainer):
             else:
                 where += ", on another rank"
         raise NonFiniteLossError(
-            f"{where} of the training data. Training stopped; nothing was saved since. Look at these "
-            "rows, lower learning_rate, or train in bfloat16 or float32 rather than float16."
+            f"{where} of the training data. Training stopped; nothing was saved since. Look at "
+            "these rows, lower learning_rate, or train in bfloat16 or float32 rather than float16."
         )

@@ -46,9 +46,9 @@ class DPOTrainer(StatisticTrainer):
     """``transformers.Trainer`` on preference pairs, with the fused log-probs of fastpo.
 
     Chosen and rejected sequences go through the model in one forward. Beside the loss it logs, per
-    pair: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (the loss's
-    implicit rewards), and ``logps/margins`` (nats) and ``logps/accuracies`` (share of pairs whose
-    chosen completion has the higher summed log-prob under the policy alone).
+    pair: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (the
+    loss's implicit rewards), and ``logps/margins`` (nats) and ``logps/accuracies`` (share of pairs
+    whose chosen completion has the higher summed log-prob under the policy alone).
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
@@ -56,8 +56,8 @@ class DPOTrainer(StatisticTrainer):
         loss: one of ``dpo``, ``ipo``, ``hinge``, ``simpo``, ``orpo``.
         loss_options: of the function in ``fastpo.losses``, such as ``beta``.
         reference: ``adapter`` (the model with its adapter disabled), ``copy`` (a frozen copy of the
-            model as it is now), or ``cached`` (column ``ref_logprobs`` of the datasets); None chooses
-            ``adapter`` for a PeftModel and ``copy`` otherwise. Losses without a reference ignore it.
+            model as it is now), or ``cached`` (column ``ref_logprobs`` of the datasets). None is
+            ``adapter`` for a PeftModel, else ``copy``. Losses without a reference ignore it.
         **kwargs: of ``transformers.Trainer``; ``data_collator`` is a
             :class:`fastpo.data.tokens.PairCollator`.
 
@@ -98,7 +98,7 @@ class DPOTrainer(StatisticTrainer):
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of a batch of :class:`fastpo.data.tokens.PairCollator`; outputs are [P, 4] values."""
+        """Loss of a :class:`fastpo.data.tokens.PairCollator` batch; outputs are [P, 4] values."""
         mask = shift_labels(inputs["labels"]) >= 0
         policy = sum_logprobs(model, inputs, mask).chunk(2)
         if self.reference is None:
@@ -157,7 +157,7 @@ def sum_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], mask: Tensor
 
 
 def pair_metrics(values_P4: Tensor) -> dict[str, Tensor]:
-    """Means over pairs of policy log-probs and rewards (chosen, rejected, chosen, rejected), 0-d each."""
+    """Means over pairs, from log-probs and rewards (chosen, rejected of each); 0-d each."""
     chosen_P, rejected_P, chosen_reward_P, rejected_reward_P = values_P4.unbind(1)
     return {
         "logps/margins": (chosen_P - rejected_P).mean(),

@@ -1,7 +1,8 @@
 """A causal LM whose forward returns log-probs or a likelihood instead of logits.
 
 The statistic is computed inside the model's own forward, because that is where wrappers (peft,
-DistributedDataParallel, FSDP) have their hooks: parameters are gathered and gradients reduced as ever.
+DistributedDataParallel, FSDP) have their hooks: parameters are gathered and gradients reduced as
+ever.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Targets [B, T] of each position from labels [B, T]: the label of the next one, -100 at the end.
+    """Targets [B, T] of labels [B, T]: at each position the label of the next, -100 at the end.
 
     >>> shift_labels(torch.tensor([[-100, 5, 6]]))
     tensor([[   5,    6, -100]])
@@ -30,7 +31,7 @@ def shift_labels(labels: Tensor) -> Tensor:
 
 
 def head_options(config: Any) -> dict[str, float | None]:
-    """``logit_scale`` and ``softcap`` of :func:`fastpo.linear_logprobs` for a transformers config."""
+    """``logit_scale`` and ``softcap`` for :func:`fastpo.linear_logprobs` from a model's config."""
     config = config.get_text_config()
     scale = next((s for n in _MULTIPLIERS if (s := getattr(config, n, None)) is not None), None)
     scaling = getattr(config, "logits_scaling", None)
@@ -106,12 +107,12 @@ def _statistic(model: nn.Module, statistic: str, labels: Tensor, **inputs: Tenso
 
 
 def add_logprob_head(model: nn.Module) -> nn.Module:
-    """Let ``model(..., labels=labels, statistic="logprobs")`` return log-probs; call it before peft.
+    """Let ``model(..., labels=labels, statistic="logprobs")`` return log-probs; call before peft.
 
-    ``statistic="logprobs"`` gives [B, T] float32, at position t the log-prob in nats of label t + 1,
-    and 0 where that label is -100; ``"nll_sum"`` gives the negative sum of these. Without
-    ``statistic`` the forward is the model's own. The class of the model is replaced by a subclass of the
-    same name, so copies, checkpoints and generation work as before.
+    ``statistic="logprobs"`` gives [B, T] float32, at position t the log-prob in nats of label
+    t + 1, 0 where that label is -100; ``"nll_sum"`` gives the negative sum of these. Without
+    ``statistic`` the forward is the model's own. The class of the model becomes a subclass of
+    the same name, so copies, checkpoints and generation work as before.
 
     Args:
         model: a transformers causal LM whose logits are a linear head on its base model's output.
@@ -144,7 +145,7 @@ def add_logprob_head(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _check_against_logits(model: nn.Module) -> None:
-    """Compare with the model's own logits on a few tokens: no list of head kinds is ever complete."""
+    """Compare with the model's own logits on a few tokens: no list of head kinds is complete."""
     was_training = model.training
     model.eval()
     device = model.get_output_embeddings().weight.device
@@ -161,7 +162,7 @@ def _check_against_logits(model: nn.Module) -> None:
     worst = (got_BT - expected_BT).abs().max()
     if not worst <= bound:
         raise ValueError(
-            f"{type(model).__name__}: log-probs of the fused head differ by {worst.item():.3g} nats "
-            f"from those of the model's logits, more than {bound.item():.3g}; its head is not "
-            "softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or the weights are not finite."
+            f"{type(model).__name__}: log-probs of the fused head differ by {worst.item():.3g} "
+            f"nats from those of the model's logits, more than {bound.item():.3g}: its head is not "
+            "softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or weights are NaN."
         )

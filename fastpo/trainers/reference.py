@@ -1,4 +1,4 @@
-"""Reference log-probs computed once, kept beside the run, and refused where they no longer belong."""
+"""Reference log-probs computed once, kept beside the run, refused where they do not belong."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def compute(trainer: DPOTrainer, rows: Dataset) -> Tensor:
 
 
 def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path) -> Dataset:
-    """``rows`` with the column ``ref_logprobs`` [2], from the cache in ``folder`` or computed into it.
+    """``rows`` with the column ``ref_logprobs`` [2], from the cache in ``folder`` or computed.
 
     Args:
         trainer: whose model is the reference, before any training step.
@@ -85,8 +85,8 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
         folder: of the run.
 
     Raises:
-        ReferenceCacheError: the cache there was made with another model, data or setting, is damaged,
-            or the reference gives non-finite values.
+        ReferenceCacheError: the cache was made with another model, data or setting, is damaged, or
+            the reference gives non-finite values.
     """
     path = Path(folder) / f"{name}_{FILE}"
     expected = fingerprint(trainer, rows)

@@ -42,7 +42,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: RunConfig) -> torch.nn.Module:
-    """The causal LM of a config with the fused head, inside a ``PeftModel`` if a LoRA is asked for."""
+    """The causal LM of a config with the fused head, in a ``PeftModel`` if it asks for a LoRA."""
     if (Path(config.model) / "adapter_config.json").exists():
         remedy = "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
         raise ConfigError(f"model: {config.model} holds an adapter only. {remedy}")

@@ -1,4 +1,4 @@
-"""A small Llama with random weights and a tokenizer trained on the spot, for runs without downloads."""
+"""A small Llama with random weights and a tokenizer trained on the spot: no downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` entries, which puts a begin-of-sequence in front."""
+    """A byte-level BPE of at most ``vocab_size`` entries, which starts texts with ``<s>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,7 @@
 // Copies a row by 16-byte accesses. Planted: the row starts in the middle of 16 bytes.
+// Argument: whether to plant the bug (0 or 1).
+#include <cstdlib>
+
 #include "port/port.h"
 
 FASTPO_KERNEL void copy_kernel(const float* in, float* out) {
@@ -7,21 +10,16 @@ FASTPO_KERNEL void copy_kernel(const float* in, float* out) {
   fastpo::store_vec16(out + i, x);
 }
 
-#ifdef PLANTED
-constexpr int kOffset = 1;
-#else
-constexpr int kOffset = 4;
-#endif
-
-int main() {
+int main(int, char** arguments) {
+  const int offset = std::atoi(arguments[1]) != 0 ? 1 : 4;
   constexpr int n = 4 * fastpo::kBlockThreads;
   alignas(16) float in[n + 4], out[n];
   for (int i = 0; i < n + 4; ++i) in[i] = static_cast<float>(i);
-  if (fastpo::launch(copy_kernel, 1, fastpo::kBlockThreads, 0, nullptr, in + kOffset, out) != 0) {
+  if (fastpo::launch(copy_kernel, 1, fastpo::kBlockThreads, 0, nullptr, in + offset, out) != 0) {
     return 2;
   }
   for (int i = 0; i < n; ++i) {
-    if (out[i] != in[i + kOffset]) return 1;
+    if (out[i] != in[i + offset]) return 1;
   }
   return 0;
 }

@@ -1,29 +1,25 @@
-// Doubles a row. Planted: the last thread's bound lets one element too many in.
+// Every thread's share of a row's sum. Planted: the bound lets one element too many in.
+// Argument: whether to plant the bug (0 or 1).
+#include <cstdlib>
+#include <numeric>
 #include <vector>
 
 #include "port/port.h"
 
-#ifdef PLANTED
-constexpr int kExtra = 1;
-#else
-constexpr int kExtra = 0;
-#endif
-
-FASTPO_KERNEL void double_kernel(const float* in, float* out, int64_t v) {
-  for (int64_t i = fastpo::thread_index(); i < v + kExtra; i += fastpo::kBlockThreads) {
-    const float x = in[i];  // planted
-    if (i < v) out[i] = 2 * x;
+FASTPO_KERNEL void shares_kernel(const float* row, float* shares, int64_t bound) {
+  float share = 0;
+  for (int64_t i = fastpo::thread_index(); i < bound; i += fastpo::kBlockThreads) {
+    share += row[i];  // planted
   }
+  shares[fastpo::thread_index()] = share;
 }
 
-int main() {
-  std::vector<float> in(100, 1.5f), out(100);
-  if (fastpo::launch(double_kernel, 1, fastpo::kBlockThreads, 0, nullptr, in.data(), out.data(),
-                     static_cast<int64_t>(in.size())) != 0) {
+int main(int, char** arguments) {
+  const std::vector<float> row(100, 1.5f);
+  std::vector<float> shares(fastpo::kBlockThreads);
+  if (fastpo::launch(shares_kernel, 1, fastpo::kBlockThreads, 0, nullptr, row.data(), shares.data(),
+                     row.size() + std::atoi(arguments[1])) != 0) {
     return 2;
   }
-  for (float x : out) {
-    if (x != 3.0f) return 1;
-  }
-  return 0;
+  return std::accumulate(shares.begin(), shares.end(), 0.0f) == 150.0f ? 0 : 1;
 }
