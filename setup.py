@@ -1,4 +1,4 @@
-"""Drives CMake, which holds the list of sources, and puts the modules it builds into the package."""
+"""Drives CMake, which holds the list of sources, and installs its modules into the package."""
 
 import os
 import subprocess
@@ -21,6 +21,7 @@ class CMakeBuild(build_ext):
     """
 
     def run(self) -> None:
+        """Configure, build, install."""
         source = Path(__file__).parent.resolve()
         build = Path(self.build_temp).resolve()
         in_tree = self.inplace or self.editable_mode

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 IGNORE = -100
 

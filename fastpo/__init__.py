@@ -1,8 +1,8 @@
 """The loss end of preference optimisation and group RL.
 
-Dimension key, the letters that end a tensor's name: N packed tokens, B sequences or samples, P pairs,
-G group size, T positions, H hidden, V vocabulary, K choices, E flattened elements. Log-probs are natural
-logarithms.
+Dimension key, the letters that end a tensor's name: N packed tokens, B sequences or samples, P
+pairs, G group size, T positions, H hidden, V vocabulary, K choices, E flattened elements. Log-probs
+are natural logarithms.
 """
 
 from fastpo import backends, losses

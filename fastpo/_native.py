@@ -113,7 +113,15 @@ class NativeKernels:
         rows: torch.Tensor | None = None,
         **outputs: torch.Tensor | None,
     ) -> None:
-        names = ("logprobs", "lse", "lse_low", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        names = (
+            "logprobs",
+            "lse",
+            "lse_low",
+            "entropy",
+            "log_sum_sq_probs",
+            "mean_logits",
+            "is_top1",
+        )
         arguments = _state(state) | {name: _pointer(outputs.get(name)) for name in names}
         arguments |= {
             "dtype": _DTYPES[state.values_Sn.dtype],

@@ -1,7 +1,7 @@
-"""Which kernels serve a device: ``cuda``, ``cpu``, ``sim`` (CUDA kernels on the CPU) or ``reference``.
+"""Which kernels serve a device: ``cuda``, ``cpu``, ``sim`` (CUDA code on the CPU), ``reference``.
 
-The choice is made by device alone and never changes silently: a device whose kernels are missing is an
-error that says why. ``use`` asks for a backend by name, for tests and for comparisons.
+The choice is made by device alone and never changes silently: a device whose kernels are missing is
+an error that says why. ``use`` asks for a backend by name, for tests and for comparisons.
 
 >>> import fastpo
 >>> fastpo.backends.name(torch.device("cpu"))
@@ -56,7 +56,9 @@ def why_not(backend: str, device: torch.device | str) -> str:
     if backend not in NAMES:
         return f"no such backend; there are {', '.join(NAMES)}"
     if device.type not in _DEVICES[backend]:
-        return f"{backend} kernels serve {' and '.join(_DEVICES[backend])} tensors, not {device.type}"
+        return (
+            f"{backend} kernels serve {' and '.join(_DEVICES[backend])} tensors, not {device.type}"
+        )
     return _load(backend)[1]
 
 
@@ -70,8 +72,12 @@ def name(device: torch.device | str) -> str:
     chosen = _override or device.type
     if why_not(chosen, device):
         reasons = "; ".join(f"{b}: {why_not(b, device) or 'available'}" for b in NAMES)
-        remedy = 'Reinstall with the CUDA toolkit on PATH, or ask for another by backends.use("...").'
-        raise BackendError(f"fastpo has no {chosen} kernels for {device} tensors ({reasons}). {remedy}")
+        remedy = (
+            'Reinstall with the CUDA toolkit on PATH, or ask for another by backends.use("...").'
+        )
+        raise BackendError(
+            f"fastpo has no {chosen} kernels for {device} tensors ({reasons}). {remedy}"
+        )
     return chosen
 
 

@@ -62,9 +62,8 @@ class Inputs(NamedTuple):
     lora_scale: float
 
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in self[:6]
-        )
+        """Whether autograd will ask for any gradient."""
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:6])
 
     def head_is_frozen(self) -> bool:
         """Only the hidden states want a gradient, and no LoRA factor stands between."""
@@ -81,6 +80,7 @@ def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
 
 
 def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
+    """Check the tensors of a public function, cast them as autocast would, flatten them."""
     device_type = hidden.device.type
     hidden, weight, bias = (_cast(t, device_type) for t in (hidden, weight, bias))
     _check.check_float(op, "hidden", hidden)
@@ -142,19 +142,20 @@ def linear_token_stats(
     lora: LoRA | None = None,
     differentiable: Sequence[str] | None = None,
 ) -> TokenStats:
-    """Statistics of ``softmax(z)`` per token, ``z = hidden @ weight.T``, without holding the logits.
+    """Statistics of ``softmax(z)`` per token, ``z = hidden @ weight.T``, without the logits.
 
     ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``.
 
-    The gradient flows from ``logprobs``, ``lse`` and ``entropy`` to hidden, weight, bias and the LoRA
-    factors; the others carry none. In matrix passes of ``2 N H V`` FLOP over the active tokens, forward
-    and backward together: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
+    The gradient flows from ``logprobs``, ``lse`` and ``entropy`` to hidden, weight, bias and the
+    LoRA factors; the others carry none. In matrix passes of ``2 N H V`` FLOP over the active
+    tokens, forward and backward together: 1 without a gradient, 2 with a frozen head, 4 with a
+    trained one.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64, any strides.
         weight: [V, H] the head's weight, in the type of hidden.
-        targets: [...] int64 token ids, ``ignore_index`` for tokens to skip: those cost nothing, give 0
-            and get a zero gradient.
+        targets: [...] int64 token ids, ``ignore_index`` for tokens to skip: those cost nothing,
+            give 0 and get a zero gradient.
         bias: [V] or None.
         outputs: any of ``logprobs``, ``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logits``,
             ``is_top1``.
@@ -162,14 +163,15 @@ def linear_token_stats(
         logit_scale: multiplies them, before the soft-cap.
         softcap: bounds them by a tanh; None for none.
         ignore_index: the target of tokens to skip.
-        workspace_bytes: bound on the tiles of logits held at a time; default 512 MiB on a GPU, 64 MiB on
-            a CPU (which uses less than that by itself).
-        saved_logits_bytes: with a trained head, logits kept from forward to backward. Each one kept is
-            not recomputed: 4 passes become 3 when all ``4 N V`` bytes fit.
+        workspace_bytes: bound on the tiles of logits held at a time; default 512 MiB on a GPU, 64
+            MiB on a CPU (which uses less than that by itself).
+        saved_logits_bytes: with a trained head, logits kept from forward to backward. Each one kept
+            is not recomputed: 4 passes become 3 when all ``4 N V`` bytes fit.
         lora: a LoRA on the head, whose factors get gradients while ``weight`` stays frozen.
-        differentiable: the outputs whose gradient will be used, if known. With a frozen head a gradient
-            through ``entropy`` or ``lse`` then costs 3 passes in all; None leaves the choice to backward
-            (2 passes if only ``logprobs`` is used, 4 otherwise). Outputs not named are detached.
+        differentiable: the outputs whose gradient will be used, if known. With a frozen head a
+            gradient through ``entropy`` or ``lse`` then costs 3 passes in all; None leaves the
+            choice to backward (2 passes if only ``logprobs`` is used, 4 otherwise). Outputs not
+            named are detached.
 
     Returns:
         The statistics in float32 (float64 for float64 inputs), each shaped as ``targets``.
@@ -197,9 +199,7 @@ def linear_token_stats(
             expected = f"names among outputs and {_DIFFERENTIABLE}"
             raise _check.fail(op, "differentiable", expected, repr(name), "")
     inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
-    numbers = scalars(
-        op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
-    )
+    numbers = scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
     stats = run(inputs, numbers, outputs, saved_logits_bytes, differentiable)
     values = {}
     for name in outputs:
@@ -218,7 +218,9 @@ def run(inputs, numbers, outputs, saved_logits_bytes=0, differentiable=None) -> 
         only_logprobs = differentiable is None or set(differentiable) <= {"logprobs"}
         keep_unit_grad = inputs.head_is_frozen() and only_logprobs
         if not keep_unit_grad and saved_logits_bytes:
-            row_bytes = inputs.hidden_NH.shape[0] * accumulation_dtype(inputs.hidden_NH.dtype).itemsize
+            row_bytes = (
+                inputs.hidden_NH.shape[0] * accumulation_dtype(inputs.hidden_NH.dtype).itemsize
+            )
             saved_columns = min(saved_logits_bytes // max(row_bytes, 1), inputs.weight_VH.shape[0])
     return Stats(
         *linear_stats(
@@ -244,9 +246,10 @@ def linear_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities of the targets under ``softmax(hidden @ weight.T)``, without the logits.
 
-    Equal to ``log_softmax(F.linear(hidden, weight, bias), -1).gather(-1, targets)`` up to rounding, of
-    which it has less: logits are accumulated and kept in float32 whatever the inputs are, and
-    ``1 - p(target)`` is a sum, so the gradients of confident tokens keep their digits. Never above 0.
+    Equal to ``log_softmax(F.linear(hidden, weight, bias), -1).gather(-1, targets)`` up to rounding,
+    of which it has less: logits are accumulated and kept in float32 whatever the inputs are, and
+    ``1 - p(target)`` is a sum, so the gradients of confident tokens keep their digits. Never above
+    0.
 
     Arguments and errors are those of :func:`linear_token_stats`.
 
@@ -263,8 +266,6 @@ def linear_logprobs(
     """
     op = "linear_logprobs"
     inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
-    numbers = scalars(
-        op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
-    )
+    numbers = scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
     stats = run(inputs, numbers, ("logprobs",), saved_logits_bytes)
     return stats.logprobs.view(targets.shape)

@@ -18,28 +18,28 @@ def logprobs(
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> torch.Tensor:
-    """``log_softmax(z, -1).gather(-1, targets)`` in one read of the logits and no buffer beside them.
+    """``log_softmax(z, -1).gather(-1, targets)`` in one read of the logits, with no buffer.
 
     ``z = softcap * tanh(logit_scale * logits / softcap) / temperature``. Where the logits need not
     exist, :func:`fastpo.linear_logprobs` costs less.
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64; rows may have any stride (a slice such
-            as ``logits[:, :-1]`` is not copied).
+        logits: [..., V] float32, bfloat16, float16 or float64; rows may have any stride (a slice
+            such as ``logits[:, :-1]`` is not copied).
         targets: [...] int64 token ids, ``ignore_index`` for tokens to skip.
         temperature: divides the logits.
         logit_scale: multiplies them, before the soft-cap.
         softcap: bounds them by a tanh; None for none.
         ignore_index: the target of tokens to skip.
-        inplace_backward: write the gradient over the logits, which saves a tensor of their size. Nobody
-            else may need them in backward; torch raises an error if somebody does.
+        inplace_backward: write the gradient over the logits, which saves a tensor of their size.
+            Nobody else may need them in backward; torch raises an error if somebody does.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats; 0 at ignored tokens.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on a CPU a target out of range (on a GPU
-            it gives NaN at its token).
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU a target out of range (on a
+            GPU it gives NaN at its token).
 
     Example:
         >>> import torch, fastpo

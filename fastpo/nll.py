@@ -10,7 +10,8 @@ from fastpo.ops.linear_nll import linear_nll as _linear_nll
 from fastpo.ops.linear_nll import tile_rows
 from fastpo.tiles import accumulation_dtype
 
-# Below this many rows a product reads the weight more than it multiplies, and recomputing is cheaper.
+# Below this many rows a product reads the weight more than it multiplies, and recomputing is
+# cheaper.
 _FEWEST_ROWS = 256
 
 
@@ -30,11 +31,12 @@ def linear_nll(
 ) -> torch.Tensor:
     """Cross-entropy of ``hidden @ weight.T`` with the targets, as one number, without the logits.
 
-    ``sum_t weights_t * -log p(target_t)``, over the tokens that are not ignored; ``mean`` divides by the
-    sum of their weights (their number without weights). The gradient of each token is known in forward,
-    so a trained head costs 3 matrix passes where :func:`fastpo.linear_logprobs` costs 4, if the weight
-    is float32 or the logits fit the workspace; otherwise, and with a frozen head (2 passes), this *is*
-    ``linear_logprobs``. Its backward can run once: it scales the stored gradients in place.
+    ``sum_t weights_t * -log p(target_t)``, over the tokens that are not ignored; ``mean`` divides
+    by the sum of their weights (their number without weights). The gradient of each token is known
+    in forward, so a trained head costs 3 matrix passes where :func:`fastpo.linear_logprobs` costs
+    4, if the weight is float32 or the logits fit the workspace; otherwise, and with a frozen head
+    (2 passes), this *is* ``linear_logprobs``. Its backward can run once: it scales the stored
+    gradients in place.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64.
@@ -47,7 +49,8 @@ def linear_nll(
         logit_scale: multiplies them, before the soft-cap.
         softcap: bounds them by a tanh; None for none.
         ignore_index: the target of tokens to skip.
-        workspace_bytes: bound on the logits held at a time, as in :func:`fastpo.linear_token_stats`.
+        workspace_bytes: bound on the logits held at a time, as in
+            :func:`fastpo.linear_token_stats`.
 
     Returns:
         [] float32 (float64 for float64 inputs), nats; 0 when every token is ignored.
@@ -66,7 +69,9 @@ def linear_nll(
     if reduction not in ("mean", "sum"):
         raise _check.fail(op, "reduction", "'mean' or 'sum'", repr(reduction), "")
     inputs = linear.prepare(op, hidden, weight, targets, bias, None, ignore_index)
-    scalars = linear.scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
+    scalars = linear.scalars(
+        op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes
+    )
     acc = accumulation_dtype(inputs.hidden_NH.dtype)
     factors_N = (inputs.targets_N != ignore_index).to(acc)
     if weights is not None:

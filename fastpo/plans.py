@@ -1,13 +1,13 @@
 """The loops over tiles: matrix products by torch between two kernel calls.
 
-One pass is one product of 2 N H V FLOP over the active rows. Without a gradient there is one pass. With
-a frozen head ``forward`` makes two and ``backward`` none, because the log-prob's gradient by the hidden
-state is known up to a factor per row. Otherwise ``forward`` makes one and ``backward`` one to recompute
-the logits it did not keep, one for the hidden gradient and one for the weight's.
+One pass is one product of 2 N H V FLOP over the active rows. Without a gradient there is one pass.
+With a frozen head ``forward`` makes two and ``backward`` none, because the log-prob's gradient by
+the hidden state is known up to a factor per row. Otherwise ``forward`` makes one and ``backward``
+one to recompute the logits it did not keep, one for the hidden gradient and one for the weight's.
 
-Rows whose target is ignored never enter a product, and rows without an upstream gradient never enter
-the backward's. Finding them reads one count from the device, except while a CUDA graph is captured: then
-all rows enter, to the same result.
+Rows whose target is ignored never enter a product, and rows without an upstream gradient never
+enter the backward's. Finding them reads one count from the device, except while a CUDA graph is
+captured: then all rows enter, to the same result.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from fastpo import backends
 from fastpo.tiles import MOMENTS, RowState, Tile, accumulation_dtype
 
-# A tile has at most this many rows: enough for the products to run at full speed, and the accumulators
-# beside it stay small.
+# A tile has at most this many rows: enough for the products to run at full speed, and the
+# accumulators beside it stay small.
 _ROWS = {"cpu": 1024, "cuda": 4096}
 # On a CPU a wider tile falls out of the caches, which costs more than the product gains.
 _COLUMNS = {"cpu": 2048, "cuda": 1 << 16}
-# Tiles are a multiple of this wide, and never narrower: thinner ones would sum in too many roundings.
+# Tiles are a multiple of this wide, and never narrower: thinner ones would sum in too many
+# roundings.
 _ALIGN = 128
 
 
@@ -39,6 +40,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool) 
 
 
 def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """``start .. stop`` in pieces of ``step``."""
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 
@@ -59,11 +61,13 @@ class Rows:
         self.count = N if rows is None else rows.shape[0]
 
     def take(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Kept rows ``start .. stop`` of a tensor [N, ...]."""
         if self.index is None:
             return tensor[start:stop]
         return tensor.index_select(0, self.index[start:stop])
 
     def take_all(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """All kept rows."""
         return None if tensor is None else self.take(tensor, 0, self.count)
 
     def target(self, out: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -71,9 +75,11 @@ class Rows:
         return out[start:stop] if self.index is None else out
 
     def indices(self, start: int, stop: int) -> torch.Tensor | None:
+        """Where kept rows ``start .. stop`` lie among all rows; None when ``target`` says it."""
         return None if self.index is None else self.index[start:stop]
 
     def scatter(self, values: torch.Tensor, out: torch.Tensor, start: int, stop: int) -> None:
+        """Write values of kept rows ``start .. stop`` to their places in ``out`` [N, ...]."""
         if self.index is None:
             out[start:stop] = values
         else:
@@ -81,13 +87,15 @@ class Rows:
 
 
 class Head:
-    """The head's weight, bias and LoRA factors in vocabulary slices, and what they are multiplied in.
+    """The head's weight, bias and LoRA factors in slices, in the type they are multiplied in.
 
-    A CPU multiplies bf16 and fp16 by emulation, so there slices are converted to fp32 one at a time.
-    CUDA multiplies them as they are and writes fp32.
+    A CPU multiplies bf16 and fp16 by emulation, so there slices are converted to fp32 one at a
+    time. CUDA multiplies them as they are and writes fp32.
     """
 
-    def __init__(self, hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature):
+    def __init__(
+        self, hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature
+    ):
         self.acc = accumulation_dtype(hidden.dtype)
         self.compute = self.acc if hidden.device.type == "cpu" else hidden.dtype
         self.vocab = weight.shape[0]
@@ -97,9 +105,11 @@ class Head:
         self.transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
 
     def weight(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start .. stop`` of the weight."""
         return self._weight_VH[start:stop].to(self.compute)
 
     def lora_b(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start .. stop`` of B times the LoRA's scaling."""
         return (self._lora_b_Vr[start:stop] * self._lora_scale).to(self.compute)
 
     def lora_hidden(self, hidden_nH: torch.Tensor) -> torch.Tensor | None:
@@ -118,10 +128,13 @@ class Head:
         return out_nv
 
     def tile(self, logits_nv, targets_n, start: int, ignore_index: int) -> Tile:
+        """The record the kernels take."""
         bias_v = None
         if self._bias_V is not None:
             bias_v = self._bias_V[start : start + logits_nv.shape[1]]
-        return Tile(logits_nv, targets_n, start, bias_v, ignore_index=ignore_index, **self.transform)
+        return Tile(
+            logits_nv, targets_n, start, bias_v, ignore_index=ignore_index, **self.transform
+        )
 
 
 class Workspace:
@@ -141,9 +154,11 @@ class Workspace:
             self._product = torch.empty(size, dtype=head.compute, device=device)
 
     def logits(self, n: int, v: int) -> torch.Tensor:
+        """[n, v] for the logits."""
         return self._logits[: n * v].view(n, v)
 
     def product(self, n: int, v: int) -> torch.Tensor:
+        """[n, v] for what is made of them; the same memory where the type is."""
         return self._product[: n * v].view(n, v)
 
 
@@ -151,7 +166,7 @@ def forward(
     hidden, weight, targets, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature,
     ignore_index, workspace_bytes, moments, keep_unit_grad, saved_columns,
 ):  # fmt: skip
-    """One pass over the logits, a second one with ``keep_unit_grad``. Returns ``ops.Stats`` fields."""
+    """One pass, or two with ``keep_unit_grad``; returns the fields of ``linear_stats.Stats``."""
     (N, H), device = hidden.shape, hidden.device
     head = Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
     kernels = backends.kernels(device)

@@ -37,7 +37,10 @@ def test_bf16_hidden_gradient_of_confident_tokens(device, p, trained):
     hidden = torch.randn(N, H, device=device).bfloat16()
     direction = weight[targets].double()
     direction = direction / direction.norm(dim=1, keepdim=True)
-    low, high = torch.zeros(N, 1, device=device).double(), torch.full((N, 1), 200.0, device=device).double()
+    low, high = (
+        torch.zeros(N, 1, device=device).double(),
+        torch.full((N, 1), 200.0, device=device).double(),
+    )
     for _ in range(40):  # how far along its word's row each token has this probability
         middle = (low + high) / 2
         moved = (hidden.double() + middle * direction).bfloat16()

@@ -25,14 +25,16 @@ def test_override_and_restore():
 
 
 def test_unknown_backend_is_an_error():
-    with pytest.raises(backends.BackendError, match="'tpu' is not available.*cuda, cpu"), \
+    with pytest.raises(backends.BackendError, match=r"'tpu' is not available.*cuda, cpu"), \
             backends.use("tpu"):  # fmt: skip
         pass
 
 
 def test_wrong_device_is_an_error_with_every_reason(monkeypatch):
     monkeypatch.setattr(backends, "_override", "cuda")
-    with pytest.raises(backends.BackendError, match="no cuda kernels for cpu.*reference: available"):
+    with pytest.raises(
+        backends.BackendError, match=r"no cuda kernels for cpu.*reference: available"
+    ):
         fastpo.linear_logprobs(torch.randn(3, 8), torch.randn(20, 8), torch.arange(3))
 
 
@@ -48,12 +50,13 @@ def test_info_tells_every_backend():
 
 
 def test_import_starts_nothing_heavy():
+    heavy = ["transformers", "trl", "datasets", "peft", "accelerate", "diffusers", "matplotlib"]
+    heavy += ["fastpo._cpu", "fastpo._cuda", "fastpo._sim", "torch._inductor", "triton"]
     program = (
-        "import sys, fastpo, torch;"
-        "assert not torch.cuda.is_initialized();"
-        "heavy = {'transformers', 'trl', 'datasets', 'peft', 'accelerate', 'diffusers', 'matplotlib',"
-        " 'fastpo._cpu', 'fastpo._cuda', 'fastpo._sim', 'torch._inductor', 'triton'};"
-        "print(sorted(heavy & set(sys.modules)))"
+        "import sys, fastpo, torch; assert not torch.cuda.is_initialized();"
+        f"print(sorted({set(heavy)} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -54,15 +54,15 @@ def test_a_padded_vocabulary_is_not_an_error():
 
 def test_names_of_outputs():
     arguments = (torch.randn(3, 8), torch.randn(20, 8), torch.arange(3))
-    with pytest.raises(ValueError, match="names among.*entropy.*got 'entropie'"):
+    with pytest.raises(ValueError, match=r"names among.*entropy.*got 'entropie'"):
         fastpo.linear_token_stats(*arguments, outputs=("entropie",))
-    with pytest.raises(ValueError, match="differentiable.*got 'entropy'"):
+    with pytest.raises(ValueError, match=r"differentiable.*got 'entropy'"):
         fastpo.linear_token_stats(*arguments, outputs=("logprobs",), differentiable=("entropy",))
 
 
 def test_nll():
     arguments = (torch.randn(3, 8), torch.randn(20, 8), torch.arange(3))
-    with pytest.raises(ValueError, match="'mean' or 'sum'.*got 'none'"):
+    with pytest.raises(ValueError, match=r"'mean' or 'sum'.*got 'none'"):
         fastpo.linear_nll(*arguments, reduction="none")
     with pytest.raises(ValueError, match=r"weights.*\(3,\).*got \(2,\)"):
         fastpo.linear_nll(*arguments, weights=torch.ones(2))

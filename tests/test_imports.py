@@ -50,7 +50,9 @@ def test_nobody_imports_trainers_or_integrations():
         if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in ends:
             continue
         for name in imports(path):
-            assert not name.startswith(("fastpo.trainers", "fastpo.integrations")), f"{path}: {name}"
+            assert not name.startswith(("fastpo.trainers", "fastpo.integrations")), (
+                f"{path}: {name}"
+            )
 
 
 def test_optional_libraries_are_imported_where_they_are_used():

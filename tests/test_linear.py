@@ -53,9 +53,7 @@ def plain_stats(hidden, weight, targets, bias=None, *, temperature=1.0, logit_sc
 
 
 def leaves(tensors, dtype, frozen=()):
-    return {
-        k: v.detach().to(dtype).requires_grad_(k not in frozen) for k, v in tensors.items()
-    }
+    return {k: v.detach().to(dtype).requires_grad_(k not in frozen) for k, v in tensors.items()}
 
 
 def run(function, tensors, targets, upstream, dtype, frozen, names, **options):
@@ -125,7 +123,9 @@ def test_lora_on_the_head(backend, dtype, frozen):
     tensors, targets = problem(dtype, backend.device, shape, bias=False)
     a, b = torch.randn(4, 19), torch.randn(157, 4)
     lora = fastpo.LoRA(a.to(backend.device), b.to(backend.device), 0.5)
-    _, grads = check(tensors, targets, dtype, frozen, options={"lora": lora}, workspace_bytes=40_000)
+    _, grads = check(
+        tensors, targets, dtype, frozen, options={"lora": lora}, workspace_bytes=40_000
+    )
     assert {"a", "b"} <= grads.keys()
 
 
@@ -265,6 +265,7 @@ def test_gradient_checkpointing_and_accumulation(device):
     for checkpointed in (False, True):
         inputs = leaves(tensors, torch.float32)
         for part in (slice(0, 1), slice(1, 3)):
+
             def loss(hidden, inputs=inputs, part=part):
                 rest = {k: v for k, v in inputs.items() if k != "hidden"}
                 return fastpo.linear_logprobs(hidden, **rest, targets=targets[part]).sum()
@@ -298,9 +299,7 @@ def test_a_second_backward_gives_the_same_gradient(device):
     for frozen in (("weight", "bias"), ()):
         for saved in (0, 1 << 20):
             inputs = leaves(tensors, torch.float32, frozen)
-            loss = fastpo.linear_logprobs(
-                **inputs, targets=targets, saved_logits_bytes=saved
-            ).sum()
+            loss = fastpo.linear_logprobs(**inputs, targets=targets, saved_logits_bytes=saved).sum()
             wanted = [v for v in inputs.values() if v.requires_grad]
             first = torch.autograd.grad(loss, wanted, retain_graph=True)
             second = torch.autograd.grad(loss, wanted)

@@ -90,7 +90,7 @@ def test_slices_and_any_leading_shape(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """Row 3 of a strided view starts 2.4e9 elements into its storage; untouched pages cost nothing."""
+    """Row 3 of a strided view starts 2.4e9 elements into its storage; unused pages are free."""
     stride, V = 800_000_011, 9
     if device.type == "cuda":
         storage = torch.empty(3 * stride + V, dtype=torch.bfloat16, device=device)

@@ -50,7 +50,7 @@ def _needs_peak_counter():
 
 
 def test_frozen_head_holds_no_logits():
-    """N=2048 H=1024 V=32768 fp32: plain torch holds about 900 MiB; hidden and its gradient are 16."""
+    """N=2048 H=1024 V=32768 fp32: plain torch holds 900 MiB; hidden and its gradient are 16."""
     assert peak_extra_mib(2048, 1024, 32768, trained=False) < 100
 
 

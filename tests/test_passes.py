@@ -1,4 +1,4 @@
-"""Matrix passes of every plan, by torch's own FLOP counter. A pass is 2 N H V FLOP over active tokens."""
+"""Matrix passes (2 N H V FLOP over active tokens) of every plan, by torch's own FLOP counter."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PASS = 2 * N * H * V
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Passes of a call: counted on each product inside the ops, which must be what the ops declare."""
+    """Passes of a call, counted on each product inside the ops; they must be what ops declare."""
     done = []
     multiply = plans.multiply
 

@@ -1,4 +1,4 @@
-"""The one rule of closeness: as good as plain torch in the same input type, up to a factor of two."""
+"""The one rule of closeness: as good as plain torch in the same type, up to a factor of two."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """The demonstration behind ``fastpo demo``: from nothing to a preference-trained model on a CPU.
 
-A tokenizer and a small Llama are made on the spot, fitted to Python's own documentation, and trained
-on pairs of a true continuation and one with stuttered words. The loss end is measured against plain
-torch in the same run. Nothing is downloaded.
+A tokenizer and a small Llama are made on the spot, fitted to Python's own documentation, and
+trained on pairs of a true continuation and one with stuttered words. The loss end is measured
+against plain torch in the same run. Nothing is downloaded.
 """
 
 from __future__ import annotations

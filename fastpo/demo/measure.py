@@ -33,7 +33,8 @@ def measure(method: str, tokens: int, hidden: int, vocab: int) -> dict[str, floa
         vocab: V.
 
     Returns:
-        ``seconds``, ``peak_bytes`` (None where the system does not tell) and ``sum_logprobs``, nats.
+        ``seconds``, ``peak_bytes`` (None where the system does not tell) and ``sum_logprobs``,
+        nats.
     """
     import torch
 

@@ -34,7 +34,9 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         raise fail(op, "devices", "all tensors on one device", got, "Move them with .to(device).")
 
 
-def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
+def check_shape(
+    op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str
+) -> None:
     """Exactly ``shape``; ``why`` says where it comes from."""
     if tuple(tensor.shape) != tuple(shape):
         raise fail(op, argument, f"shape {tuple(shape)} ({why})", str(tuple(tensor.shape)), "")
@@ -53,7 +55,9 @@ def check_targets(op: str, targets: torch.Tensor, vocab: int, ignore_index: int)
     if bad.any():
         where = bad.nonzero()[0].tolist()
         got = f"{targets[tuple(where)].item()} at index {where}"
-        remedy = f"Mark tokens to skip with ignore_index ({ignore_index}); padded vocabularies count."
+        remedy = (
+            f"Mark tokens to skip with ignore_index ({ignore_index}); padded vocabularies count."
+        )
         raise fail(op, "targets", f"token ids in [0, {vocab})", got, remedy)
 
 

@@ -1,7 +1,7 @@
 """Negative log-likelihood with a trained head: the token gradient is known in forward, so 3 passes.
 
-A block of rows holds its whole vocabulary at once: when the block's lse is final the gradient of its
-logits is formed in place and multiplied, and nothing is recomputed.
+A block of rows holds its whole vocabulary at once: when the block's lse is final the gradient of
+its logits is formed in place and multiplied, and nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def tile_rows(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int:
 
 
 def _linear_nll(
-    hidden, weight, targets, bias, factors, scale, softcap, temperature, ignore_index, rows_per_tile,
-    needs_hidden, needs_weight, needs_bias,
+    hidden, weight, targets, bias, factors, scale, softcap, temperature, ignore_index,
+    rows_per_tile, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     """``sum_t factors_t * nll_t`` and its gradients by hidden, weight and bias."""
     (N, H), device = hidden.shape, hidden.device
@@ -36,7 +36,9 @@ def _linear_nll(
     rows = plans.Rows(plans.kept((targets != ignore_index) & (factors != 0)), N)
     n_max = max(min(rows_per_tile, rows.count), 1)
     logits = torch.empty((n_max, head.vocab), dtype=head.acc, device=device)
-    dlogits = logits if head.compute == head.acc else logits.new_empty(logits.shape, dtype=head.compute)
+    dlogits = (
+        logits if head.compute == head.acc else logits.new_empty(logits.shape, dtype=head.compute)
+    )
     logprobs_n = torch.empty(rows.count, dtype=head.acc, device=device)
     factors_n = rows.take_all(factors)
     weight_VH = head.weight(0, head.vocab)
@@ -71,8 +73,8 @@ def _linear_nll(
 
 
 def _fake(
-    hidden, weight, targets, bias, factors, scale, softcap, temperature, ignore_index, rows_per_tile,
-    needs_hidden, needs_weight, needs_bias,
+    hidden, weight, targets, bias, factors, scale, softcap, temperature, ignore_index,
+    rows_per_tile, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     acc = accumulation_dtype(hidden.dtype)
     (N, H), V = hidden.shape, weight.shape[0]

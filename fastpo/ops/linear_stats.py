@@ -1,7 +1,8 @@
 """The op behind ``fastpo.linear``: hidden states and a head weight to per-token statistics.
 
-Two torch ops, ``fastpo::linear_stats`` and ``fastpo::linear_stats_backward``, each one node in a graph.
-Their bodies are the loops of :mod:`fastpo.plans`; here are the schema, the shapes and the autograd.
+Two torch ops, ``fastpo::linear_stats`` and ``fastpo::linear_stats_backward``, each one node in a
+graph. Their bodies are the loops of :mod:`fastpo.plans`; here are the schema, the shapes and the
+autograd.
 """
 
 from __future__ import annotations
@@ -111,7 +112,4 @@ def _backward(ctx, grad_logprobs, grad_lse, _, grad_entropy, *__):
     return found[0], found[1], None, *found[2:], *nothing, *(None,) * 3
 
 
-torch.library.register_autograd(
-    "fastpo::linear_stats", _backward, setup_context=_setup_context
-)
-
+torch.library.register_autograd("fastpo::linear_stats", _backward, setup_context=_setup_context)

@@ -111,6 +111,4 @@ def _backward(ctx, grad_logprobs, *_):
     return grad, *(None,) * 6
 
 
-torch.library.register_autograd(
-    "fastpo::logits_logprobs", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastpo::logits_logprobs", _backward, setup_context=_setup_context)

@@ -8,7 +8,7 @@ from fastpo.tiles import Tile, accumulation_dtype
 
 
 def scaled_logits(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-    """z [n, v] in the accumulation dtype, and the soft-cap's derivative (ones without one)."""
+    """Z [n, v] in the accumulation dtype, and the soft-cap's derivative (ones without one)."""
     raw_nv = tile.logits_nv.to(accumulation_dtype(tile.logits_nv.dtype))
     if tile.bias_v is not None:
         raw_nv = raw_nv + tile.bias_v

@@ -19,7 +19,7 @@ from fastpo.tiles import (
 
 
 def fold(tile: Tile, state: RowState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Update ``state`` in place; return exp(z - max) [n, v] without the target, and exp(old - new max) [n]."""
+    """Update ``state``; return exp(z - max) [n, v], 0 at the target, and exp(old - new max) [n]."""
     z_nv, _ = scaled_logits(tile)
     at_target_nv, active_n = is_target(tile), active(tile)
     rest_nv = z_nv.masked_fill(at_target_nv, -torch.inf)

@@ -15,7 +15,7 @@ def chunk_weights(
     weights_nv: torch.Tensor,
     partial_nH: torch.Tensor | None,
 ) -> None:
-    """``weights = exp(z - max) * cap'`` without the target; rescale ``partial`` to the new maximum."""
+    """``weights = exp(z - max) * cap'``, 0 at the target; ``partial`` goes to the new maximum."""
     cap_grad_nv = scaled_logits(tile)[1]
     exp_nv, rescale_n = fold(tile, state)
     active_n = active(tile)

@@ -42,7 +42,9 @@ def finish_stats(
     write(lse, lse_n)
     write(lse_low, log_sum_n - (lse_n - high_n))
     if entropy is not None:
-        other_n = torch.where(alone_n, 0.0, torch.log(sum_n) - sum_exp_logit_n / sum_n - log_other_n)
+        other_n = torch.where(
+            alone_n, 0.0, torch.log(sum_n) - sum_exp_logit_n / sum_n - log_other_n
+        )
         at_target_n = torch.where(logprob_n == -torch.inf, 0.0, -logprob_n.exp() * logprob_n)
         off_target_n = torch.where(log_other_n == -torch.inf, 0.0, log_other_n.exp() * other_n)
         write(entropy, at_target_n + off_target_n)

@@ -1,4 +1,4 @@
-"""Reference of ``finish_weights``: accumulated products to the log-prob's gradient by the hidden state."""
+"""Reference of ``finish_weights``: accumulated products to d log-prob / d hidden."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from fastpo.tiles import MOMENTS, RowState, Tile, accumulation_dtype
 
 ALL = sum(MOMENTS.values())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# One column; less than a vector; odd; a vector and one; several rounds of a block with a ragged end.
+# One column; less than a vector; odd; a vector and one; several rounds of a block with a ragged
+# end.
 WIDTHS = [1, 7, 31, 257, 1009]
 TRANSFORMS = {
     "plain": {},
@@ -143,8 +144,9 @@ def test_gradient(backend, V, dtype, out_dtype, transform):
     targets = torch.randint(V, (n,), device=device)
     targets[1] = -100
     bias = torch.randn(V, dtype=acc, device=device) if transform != "plain" else None
-    forward = run_stats(reference, logits.double(), targets, None if bias is None else bias.double(),
-                        V, TRANSFORMS[transform])  # fmt: skip
+    wide_bias = None if bias is None else bias.double()
+    transform = TRANSFORMS[transform]
+    forward = run_stats(reference, logits.double(), targets, wide_bias, V, transform)
     upstream = {
         name: torch.randn(n, dtype=acc, device=device)
         for name in ("grad_logprobs", "grad_entropy", "grad_lse")
@@ -158,7 +160,7 @@ def test_gradient(backend, V, dtype, out_dtype, transform):
             out = torch.full((n, V + 2), torch.nan, dtype=into, device=device)[:, :V]
             source = logits.double() if kind == torch.float64 else logits
             part = None if bias is None else bias.to(kind)
-            tile = Tile(source, targets, 0, part, **TRANSFORMS[transform])
+            tile = Tile(source, targets, 0, part, **transform)
             kernels.chunk_grad(tile, out, **rows)
             return out
 
@@ -294,7 +296,10 @@ def test_outputs_go_to_the_given_rows(backend):
     kernels = backends.kernels(backend.device)
     state = RowState.start(3, torch.float32, backend.device, 0)
     kernels.chunk_stats(Tile(logits, targets), state)
-    packed, spread = torch.zeros(3, device=backend.device), torch.full((5,), 9.0, device=backend.device)
+    packed, spread = (
+        torch.zeros(3, device=backend.device),
+        torch.full((5,), 9.0, device=backend.device),
+    )
     kernels.finish_stats(state, targets, vocab=40, logprobs=packed)
     kernels.finish_stats(state, targets, vocab=40, rows=rows, logprobs=spread)
     assert torch.equal(spread[rows], packed)

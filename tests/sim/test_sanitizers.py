@@ -33,8 +33,9 @@ for order in (0, 1, 2):
                 targets = torch.randint(V, (3,))
                 targets[1] = -100
                 stats = fastpo.linear_token_stats(
-                    hidden, weight, targets, bias, workspace_bytes=1, softcap=3.0 if V > 7 else None,
-                    outputs=("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+                    hidden, weight, targets, bias, workspace_bytes=1, softcap=3.0 if V > 7 else
+                    None, outputs=("logprobs", "entropy", "log_sum_sq_probs", "mean_logits",
+                    "is_top1"),
                 )
                 (stats.logprobs + trained * stats.entropy).sum().backward()
             logits = torch.randn(2, V + 1, dtype=dtype)[:, 1:].requires_grad_()
