@@ -36,18 +36,18 @@ void run(const char* op, const Launch& launch) {
 }
 
 // The arguments that describe a tile, in the order of their py::arg list below.
-#define TILE_PARAMETERS                                                                        \
-  Address logits, int dtype, int64_t row_stride, int64_t n, int64_t v, int64_t vocab_start,    \
-      Address targets, int64_t ignore_index, Address bias, double scale, double softcap,       \
+#define TILE_PARAMETERS                                                                     \
+  Address logits, int dtype, int64_t row_stride, int64_t n, int64_t v, int64_t vocab_start, \
+      Address targets, int64_t ignore_index, Address bias, double scale, double softcap,    \
       double temperature
-#define TILE_ARGUMENTS                                                                         \
-  py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("n"), py::arg("v"),      \
-      py::arg("vocab_start"), py::arg("targets"), py::arg("ignore_index"), py::arg("bias"),    \
+#define TILE_ARGUMENTS                                                                      \
+  py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("n"), py::arg("v"),   \
+      py::arg("vocab_start"), py::arg("targets"), py::arg("ignore_index"), py::arg("bias"), \
       py::arg("scale"), py::arg("softcap"), py::arg("temperature")
-#define TILE                                                                                   \
-  Tile {                                                                                       \
-    at(logits), DType(dtype), row_stride, n, v, vocab_start, at<const int64_t>(targets),       \
-        ignore_index, at(bias), scale, softcap, temperature                                    \
+#define TILE                                                                             \
+  Tile {                                                                                 \
+    at(logits), DType(dtype), row_stride, n, v, vocab_start, at<const int64_t>(targets), \
+        ignore_index, at(bias), scale, softcap, temperature                              \
   }
 #define STATE_PARAMETERS Address state, int64_t state_stride, Address top, int moments
 #define STATE_ARGUMENTS \
@@ -58,20 +58,18 @@ void run(const char* op, const Launch& launch) {
 #define OUT_ARGUMENTS py::arg("out"), py::arg("out_dtype"), py::arg("out_stride")
 #define OUT \
   TileOut { at(out), DType(out_dtype), out_stride }
-#define SEGMENT_PARAMETERS                                                                      \
-  int dtype, Address values, Address reference, Address weights, Address mask,                  \
-      int64_t values_stride, int64_t reference_stride, int64_t weights_stride,                  \
+#define SEGMENT_PARAMETERS                                                     \
+  int dtype, Address values, Address reference, Address weights, Address mask, \
+      int64_t values_stride, int64_t reference_stride, int64_t weights_stride, \
       int64_t mask_stride, Address offsets, int64_t B, int64_t T
-#define SEGMENT_ARGUMENTS                                                                       \
-  py::arg("dtype"), py::arg("values"), py::arg("reference"), py::arg("weights"),                \
-      py::arg("mask"), py::arg("values_stride"), py::arg("reference_stride"),                   \
-      py::arg("weights_stride"), py::arg("mask_stride"), py::arg("offsets"), py::arg("B"),      \
-      py::arg("T")
-#define SEGMENTS                                                                                \
-  Segments {                                                                                    \
-    DType(dtype), at(values), at(reference), at(weights), at<const uint8_t>(mask),              \
-        values_stride, reference_stride, weights_stride, mask_stride,                           \
-        at<const int64_t>(offsets), B, T                                                        \
+#define SEGMENT_ARGUMENTS                                                                         \
+  py::arg("dtype"), py::arg("values"), py::arg("reference"), py::arg("weights"), py::arg("mask"), \
+      py::arg("values_stride"), py::arg("reference_stride"), py::arg("weights_stride"),           \
+      py::arg("mask_stride"), py::arg("offsets"), py::arg("B"), py::arg("T")
+#define SEGMENTS                                                                                  \
+  Segments {                                                                                      \
+    DType(dtype), at(values), at(reference), at(weights), at<const uint8_t>(mask), values_stride, \
+        reference_stride, weights_stride, mask_stride, at<const int64_t>(offsets), B, T           \
   }
 #define LAUNCH_PARAMETERS Address stream, int threads
 #define LAUNCH_ARGUMENTS py::arg("stream"), py::arg("threads")
@@ -89,8 +87,8 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
 
   m.def(
       "chunk_weights",
-      [](TILE_PARAMETERS, STATE_PARAMETERS, OUT_PARAMETERS, Address partial,
-         int64_t partial_stride, int64_t hidden, LAUNCH_PARAMETERS) {
+      [](TILE_PARAMETERS, STATE_PARAMETERS, OUT_PARAMETERS, Address partial, int64_t partial_stride,
+         int64_t hidden, LAUNCH_PARAMETERS) {
         run("chunk_weights", [&] {
           return FASTPO_BACKEND::chunk_weights(TILE, STATE, OUT, at(partial), partial_stride,
                                                hidden, at(stream), threads);
@@ -105,9 +103,9 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
          int64_t ignore_index, Address logprobs, Address lse, Address lse_low, Address entropy,
          Address log_sum_sq_probs, Address mean_logits, Address is_top1, Address rows,
          LAUNCH_PARAMETERS) {
-        const StatsOut out{at(logprobs),         at(lse),         at(lse_low),           at(entropy),
-                           at(log_sum_sq_probs), at(mean_logits), at<uint8_t>(is_top1),
-                           at<const int64_t>(rows)};
+        const StatsOut out{
+            at(logprobs),         at(lse),         at(lse_low),          at(entropy),
+            at(log_sum_sq_probs), at(mean_logits), at<uint8_t>(is_top1), at<const int64_t>(rows)};
         run("finish_stats", [&] {
           return FASTPO_BACKEND::finish_stats(DType(dtype), STATE, n, vocab,
                                               at<const int64_t>(targets), ignore_index, out,
@@ -116,42 +114,52 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
       },
       py::kw_only(), py::arg("dtype"), STATE_ARGUMENTS, py::arg("n"), py::arg("vocab"),
       py::arg("targets"), py::arg("ignore_index"), py::arg("logprobs"), py::arg("lse"),
-      py::arg("lse_low"),
-      py::arg("entropy"), py::arg("log_sum_sq_probs"), py::arg("mean_logits"),
+      py::arg("lse_low"), py::arg("entropy"), py::arg("log_sum_sq_probs"), py::arg("mean_logits"),
       py::arg("is_top1"), py::arg("rows"), LAUNCH_ARGUMENTS);
 
   m.def(
       "finish_weights",
-      [](int dtype, STATE_PARAMETERS, Address partial, int64_t partial_stride,
-         Address target_rows, int64_t target_rows_stride, Address unit_grad,
-         int64_t unit_grad_stride, Address rows, int64_t n, int64_t hidden, double scale,
+      [](int dtype, STATE_PARAMETERS, Address partial, int64_t partial_stride, Address target_rows,
+         int64_t target_rows_stride, Address unit_grad, int64_t unit_grad_stride, Address rows,
+         Address targets, int64_t ignore_index, int64_t n, int64_t hidden, double scale,
          double softcap, double temperature, LAUNCH_PARAMETERS) {
-        const UnitGrad args{DType(dtype),       at(partial),        partial_stride,
-                            at(target_rows),    target_rows_stride, at(unit_grad),
-                            unit_grad_stride,   at<const int64_t>(rows), n,
-                            hidden,             scale,              softcap,
+        const UnitGrad args{DType(dtype),
+                            at(partial),
+                            partial_stride,
+                            at(target_rows),
+                            target_rows_stride,
+                            at(unit_grad),
+                            unit_grad_stride,
+                            at<const int64_t>(rows),
+                            at<const int64_t>(targets),
+                            ignore_index,
+                            n,
+                            hidden,
+                            scale,
+                            softcap,
                             temperature};
         run("finish_weights",
             [&] { return FASTPO_BACKEND::finish_weights(args, STATE, at(stream), threads); });
       },
       py::kw_only(), py::arg("dtype"), STATE_ARGUMENTS, py::arg("partial"),
       py::arg("partial_stride"), py::arg("target_rows"), py::arg("target_rows_stride"),
-      py::arg("unit_grad"), py::arg("unit_grad_stride"), py::arg("rows"), py::arg("n"),
-      py::arg("hidden"), py::arg("scale"), py::arg("softcap"), py::arg("temperature"),
-      LAUNCH_ARGUMENTS);
+      py::arg("unit_grad"), py::arg("unit_grad_stride"), py::arg("rows"), py::arg("targets"),
+      py::arg("ignore_index"), py::arg("n"), py::arg("hidden"), py::arg("scale"),
+      py::arg("softcap"), py::arg("temperature"), LAUNCH_ARGUMENTS);
 
   m.def(
       "chunk_grad",
-      [](TILE_PARAMETERS, OUT_PARAMETERS, Address logprobs, Address lse, Address lse_low, Address entropy,
-         Address grad_logprobs, Address grad_entropy, Address grad_lse, LAUNCH_PARAMETERS) {
+      [](TILE_PARAMETERS, OUT_PARAMETERS, Address logprobs, Address lse, Address lse_low,
+         Address entropy, Address grad_logprobs, Address grad_entropy, Address grad_lse,
+         LAUNCH_PARAMETERS) {
         const RowGrads rows{at(logprobs),      at(lse),          at(lse_low), at(entropy),
                             at(grad_logprobs), at(grad_entropy), at(grad_lse)};
         run("chunk_grad",
             [&] { return FASTPO_BACKEND::chunk_grad(TILE, rows, OUT, at(stream), threads); });
       },
       py::kw_only(), TILE_ARGUMENTS, OUT_ARGUMENTS, py::arg("logprobs"), py::arg("lse"),
-      py::arg("lse_low"), py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"),
-      LAUNCH_ARGUMENTS);
+      py::arg("lse_low"), py::arg("entropy"), py::arg("grad_logprobs"), py::arg("grad_entropy"),
+      py::arg("grad_lse"), LAUNCH_ARGUMENTS);
 
   m.def(
       "scale_rows",

@@ -46,15 +46,16 @@ enum Moment : int { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 =
 struct RowState {
   void* values;    // acc [kStateRows, n], row r starts at values + r * stride
   int64_t stride;  // >= n
-  int32_t* top;    // [n] first column index at which kMax is reached, starts at INT32_MAX; for kIsTop1
-  int moments;     // Moment bits
+  int32_t*
+      top;      // [n] first column index at which kMax is reached, starts at INT32_MAX; for kIsTop1
+  int moments;  // Moment bits
 };
 
 // A tile of logits [n, v]: columns vocab_start .. vocab_start + v of n rows. The softmax sees
 //   z = softcap * tanh(scale * (logit + bias) / softcap) / temperature     (softcap > 0)
 //   z = scale * (logit + bias) / temperature                               (softcap == 0)
-// computed in acc. Rows whose target equals ignore_index are skipped by every operation: their state
-// stays as it is, and outputs of their rows are zeros.
+// computed in acc. Rows whose target equals ignore_index are skipped by every operation: their
+// state stays as it is, and outputs of their rows are zeros.
 struct Tile {
   const void* logits;
   DType dtype;
@@ -67,9 +68,9 @@ struct Tile {
   double scale, softcap, temperature;
 };
 
-// Where a tile-shaped result goes: [n, v] with its own dtype and stride; may be the logits themselves
-// when dtype and stride agree (in place). Supported (logits -> output) dtypes: equal types, and
-// float32 -> bfloat16 or float16.
+// Where a tile-shaped result goes: [n, v] with its own dtype and stride; may be the logits
+// themselves when dtype and stride agree (in place). Supported (logits -> output) dtypes: equal
+// types, and float32 -> bfloat16 or float16.
 struct TileOut {
   void* data;
   DType dtype;
@@ -93,28 +94,30 @@ struct UnitGrad {
   int64_t target_rows_stride;
   void* unit_grad;  // [*, hidden]
   int64_t unit_grad_stride;
-  const int64_t* rows;  // [n] or null
+  const int64_t* rows;     // [n] or null
+  const int64_t* targets;  // [n]; rows of ignore_index get zeros
+  int64_t ignore_index;
   int64_t n, hidden;
   double scale, softcap, temperature;
 };
 
 // Per row, acc, each gradient null or [n].
 struct RowGrads {
-  const void *logprobs, *lse, *lse_low, *entropy;       // forward values; entropy only needed with h
+  const void *logprobs, *lse, *lse_low, *entropy;  // forward values; entropy only needed with h
   const void *grad_logprobs, *grad_entropy, *grad_lse;  // g, h, k
 };
 
 // Sequence b is values[offsets[b] .. offsets[b+1]) when offsets is given, else row b of [B, T] with
 // its strides.
 struct Segments {
-  DType dtype;                 // of values and reference
-  const void* values;          // [total] or [B, T]
-  const void* reference;       // same shape, or null
-  const void* weights;         // acc, same shape, or null
-  const uint8_t* mask;         // same shape, or null
+  DType dtype;                                                           // of values and reference
+  const void* values;                                                    // [total] or [B, T]
+  const void* reference;                                                 // same shape, or null
+  const void* weights;                                                   // acc, same shape, or null
+  const uint8_t* mask;                                                   // same shape, or null
   int64_t values_stride, reference_stride, weights_stride, mask_stride;  // between rows of [B, T]
-  const int64_t* offsets;      // [B + 1] or null
-  int64_t B, T;                // T is unused with offsets
+  const int64_t* offsets;                                                // [B + 1] or null
+  int64_t B, T;                                                          // T is unused with offsets
 };
 
 namespace FASTPO_BACKEND {
@@ -123,7 +126,8 @@ namespace FASTPO_BACKEND {
 int chunk_stats(const Tile& tile, const RowState& state, void* stream, int threads);
 
 // Running state -> outputs, any of which may be null; acc [*] unless noted, row i of the state is
-// written to index rows[i], or i when rows is null. With d = (z_y - kMax) - log kSumExp:
+// written to index rows[i], or i when rows is null. With d = (z_y - kMax) - log kSumExp, NaN at an
+// infinite z_y:
 //   logprobs = -softplus(-d) <= 0,   lse = logsumexp_v z_v
 //   lse_low = what rounding took from lse: with top = max(kMax, z_y) and
 //     log_sum = log(kSumExp exp(kMax - top) + exp(z_y - top)), it is log_sum - (lse - top); so
@@ -134,27 +138,30 @@ int finish_stats(DType acc, const RowState& state, int64_t n, int64_t vocab, con
                  int64_t ignore_index, const StatsOut& out, void* stream, int threads);
 
 // chunk_stats and, in the same sweep, the tile's share of the frozen-head product:
-//   weights_v = exp(z_v - kMax) * cap'_v,  0 at the target,   kMax being the maximum after this tile
-//   cap'_v = 1 - tanh^2(scale * (logit_v + bias_v) / softcap), 1 without softcap
-// and acc rows of `partial` [n, hidden] (the sum over earlier tiles of weights @ W) are multiplied by
-// exp(old kMax - new kMax) when the maximum moved. `partial` is null for the first tile.
+//   weights_v = exp(z_v - kMax) * cap'_v,  0 at the target,   kMax being the maximum after this
+//   tile cap'_v = 1 - tanh^2(scale * (logit_v + bias_v) / softcap), 1 without softcap
+// and acc rows of `partial` [n, hidden] (the sum over earlier tiles of weights @ W) are multiplied
+// by exp(old kMax - new kMax) when the maximum moved. `partial` is null for the first tile.
 int chunk_weights(const Tile& tile, const RowState& state, const TileOut& weights, void* partial,
                   int64_t partial_stride, int64_t hidden, void* stream, int threads);
 
-// Frozen head: the gradient of the log-prob with respect to the hidden state, for row rows[i] (or i)
+// Frozen head: the gradient of the log-prob with respect to the hidden state, for row rows[i] (or
+// i)
 //   unit_grad = (scale / temperature) * (1 - p_y) * (cap'_y * W_y - partial_i / kSumExp)
 // dtype is the type of target_rows = W[targets] [n, hidden] and of unit_grad; acc that of the rest.
 int finish_weights(const UnitGrad& args, const RowState& state, void* stream, int threads);
 
-// Tile -> gradient of the loss with respect to the raw logits. Per row, acc, each gradient null or [n]:
+// Tile -> gradient of the loss with respect to the raw logits. Per row, acc, each gradient null or
+// [n]:
 //   dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + k p_v,   1 - p_y = -expm1(logprob)
 //   log p_v = (z_v - lse) - lse_low
 //   dlogit_v = dz_v * cap'_v * scale / temperature
 // g, h, k being the upstream gradients of logprobs, entropy and lse.
-int chunk_grad(const Tile& tile, const RowGrads& rows, const TileOut& out, void* stream, int threads);
+int chunk_grad(const Tile& tile, const RowGrads& rows, const TileOut& out, void* stream,
+               int threads);
 
-// out[i, :] = factors[i] * input[i, :], the product formed in acc and rounded once. factors acc [n].
-// A zero factor gives zeros whatever the input holds.
+// out[i, :] = factors[i] * input[i, :], the product formed in acc and rounded once. factors acc
+// [n]. A zero factor gives zeros whatever the input holds.
 int scale_rows(DType dtype, const void* input, int64_t input_stride, const void* factors, void* out,
                int64_t out_stride, int64_t n, int64_t hidden, void* stream, int threads);
 

@@ -43,7 +43,7 @@ def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None
         options = build(cls, read_yaml(config) if config else {}, given)
         from fastpo.trainers import run
 
-        _print_results(getattr(run, action)(options))
+        getattr(run, action)(options)
 
     path = typer.Option(help="YAML file with any of these options; flags override it.")
     parameters = [_parameter("config", str, path)]
@@ -74,17 +74,6 @@ def _key_value(text: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"trainer: expected key=value, got {text!r}.")
     return key, yaml.safe_load(value)
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    """Held-out metrics before and after, side by side."""
-    before, after = results.get("before", {}), results.get("after", {})
-    for name in after:
-        is_metric = "/" in name or name == "eval_loss"
-        if is_metric:
-            earlier = f"{before[name]:10.4f}" if name in before else " " * 10
-            print(f"{name:28} {earlier} -> {after[name]:10.4f}")
-    print(f"{results['steps']} steps, {results['train_seconds']:.1f} s of training")
 
 
 train.command("dpo")(

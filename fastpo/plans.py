@@ -217,8 +217,9 @@ def forward(
             target_rows_nH = weight.index_select(0, targets_n.clamp(0, head.vocab - 1))
             out_NH = rows.target(unit_grad_NH, first, last)
             kernels.finish_weights(
-                state, partial[:n], target_rows_nH, out_NH, **where, **head.transform
-            )
+                state, partial[:n], target_rows_nH, out_NH, targets_n,
+                ignore_index=ignore_index, **where, **head.transform,
+            )  # fmt: skip
     return *outputs.values(), unit_grad_NH, saved_NS
 
 

@@ -7,21 +7,22 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from typer.testing import CliRunner
+
+from fastpo.cli import app, main
 from fastpo.trainers.config import ConfigError, DPOConfig, SFTConfig, build
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "output": "o"}
 
 
 def fastpo(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "fastpo", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run a command in this process; the text it prints."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def test_model_yaml_flags_and_tensorboard(tmp_path):
+def test_model_yaml_flags_and_tensorboard(tmp_path, monkeypatch):
     """init-model, then train dpo with YAML, of which flags override keys."""
     pytest.importorskip("tensorboard")
     pairs = tmp_path / "pairs.jsonl"
@@ -32,25 +33,28 @@ def test_model_yaml_flags_and_tensorboard(tmp_path):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, output = tmp_path / "model", tmp_path / "run"
     sizes = ("--vocab-size", 300, "--hidden-size", 32, "--layers", 1, "--heads", 2)
-    made = fastpo("init-model", model, "--data", pairs, *sizes)
-    assert made.returncode == 0, made.stderr
+    assert "parameters" in fastpo("init-model", model, "--data", pairs, *sizes)
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {model}\ndata: {pairs}\nmax_steps: 50\nlearning_rate: 1e-3\neval_share: 0.3\n"
         "trainer: {use_cpu: true}\n"
     )
-    flags = ("--config", config, "--output", output, "--max-steps", 2, "--batch-size", 4)
-    done = fastpo("train", "dpo", *flags, "--trainer", "disable_tqdm=true")
-    assert done.returncode == 0, done.stderr
-    assert "eval_rewards/margins" in done.stdout
+    flags = ("train", "dpo", "--config", config, "--output", output, "--max-steps", 2)
+    assert "eval_rewards/margins" in fastpo(*flags, "--trainer", "disable_tqdm=true")
     results = json.loads((output / "results.json").read_text())
     assert results["steps"] == 2
     assert results["before"]["eval_rewards/margins"] == 0
     assert list(output.glob("runs/*/events*"))
-    again = fastpo("train", "dpo", *flags)
-    assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith("fastpo: ")
-    assert "Pass --resume" in again.stderr
+
+    monkeypatch.setattr("sys.argv", ["fastpo", *map(str, flags)])
+    with pytest.raises(SystemExit, match=r"^fastpo: .*holds checkpoints .* Pass --resume"):
+        main()
+
+
+def test_help_lists_every_option():
+    text = fastpo("train", "dpo", "--help")
+    for name in ("--beta", "--reference", "--resume-from", "--no-tensorboard", "--trainer"):
+        assert name in text
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def test_lora_on_the_head(backend, dtype, frozen):
     shape = (1, 6) if backend.is_sim else (3, 11)
     tensors, targets = problem(dtype, backend.device, shape, bias=False)
     a, b = torch.randn(4, 19), torch.randn(157, 4)
-    lora = fastpo.LoRA(a.to(backend.device), b.to(backend.device), 0.5)
+    a, b = (t.to(dtype).to(backend.device) for t in (a, b))
+    lora = fastpo.LoRA(a, b, 0.5)
     _, grads = check(
         tensors, targets, dtype, frozen, options={"lora": lora}, workspace_bytes=40_000
     )
@@ -207,6 +208,14 @@ def test_no_tokens(backend, trained):
 def test_tiny_vocabularies(backend, V, frozen):
     tensors, targets = problem(torch.float32, backend.device, (1, 6), V=V)
     check(tensors, targets.clamp(max=V - 1), torch.float32, frozen)
+
+
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])
+def test_all_rows_enter_when_none_can_be_dropped(backend, monkeypatch, frozen):
+    """As while a CUDA graph is captured, when the host may not wait for a count."""
+    monkeypatch.setattr(plans, "kept", lambda keep: None)
+    tensors, targets = problem(torch.float32, backend.device, (1, 6))
+    check(tensors, targets, torch.float32, frozen)
 
 
 def test_non_contiguous_inputs(device):

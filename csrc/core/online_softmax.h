@@ -180,9 +180,10 @@ struct StateOfRow {
 };
 
 // Of a finished row: log(p / (1 - p)) of its target. Differences first: an offset that all logits
-// share costs no digits.
+// share costs no digits. An infinite logit has no probability: NaN, as exp(inf - inf) would give.
 template <typename Acc>
 FASTPO_DEVICE Acc target_margin(const StateOfRow<Acc>& at) {
+  if (at[kTargetLogit] == kInfinity<Acc>) return std::numeric_limits<Acc>::quiet_NaN();
   return at[kTargetLogit] - at[kMax] - std::log(at[kSumExp]);
 }
 

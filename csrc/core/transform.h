@@ -19,34 +19,50 @@ FASTPO_DEVICE Acc cap_slope(Acc tanh) {
   return (1 - tanh) * (1 + tanh);
 }
 
-// z of a raw logit. kPlain: neither bias nor soft-cap, and z is one product.
+// x / divisor, correctly rounded but for the rarest cases, without the branches of a real division.
+template <typename Acc>
+FASTPO_DEVICE Acc divide(Acc x, Acc divisor, Acc reciprocal) {
+  const Acc quotient = x * reciprocal;
+  const Acc corrected = std::fma(std::fma(-quotient, divisor, x), reciprocal, quotient);
+  return std::fabs(quotient) < kInfinity<Acc> ? corrected : quotient;  // inf - inf is NaN
+}
+
+// z of a raw logit. kPlain: neither bias nor soft-cap. Factors are applied one by one, as the
+// formula has them: a product of two would be rounded, and every z of the row be off by the same
+// share.
 template <typename Acc, bool kPlain>
 struct Transform {
   // For sweep_columns: bound by arithmetic, not by loads in flight, where it is less than four.
   static constexpr int kMaxPacks = kPlain && std::is_same_v<Acc, float> ? 4 : 1;
 
   const Acc* bias;
-  Acc slope;            // dz / dlogit without soft-cap
-  Acc cap_in, cap_out;  // z = cap_out * tanh(cap_in * logit); cap_in is 0 without soft-cap
+  Acc scale, softcap, temperature, inverse_temperature;
+  Acc chain;  // dz / dlogit without soft-cap
 
   explicit Transform(const Tile& tile)
       : bias(static_cast<const Acc*>(tile.bias)),
-        slope(static_cast<Acc>(tile.scale / tile.temperature)),
-        cap_in(static_cast<Acc>(tile.softcap == 0 ? 0 : tile.scale / tile.softcap)),
-        cap_out(static_cast<Acc>(tile.softcap / tile.temperature)) {}
+        scale(static_cast<Acc>(tile.scale)),
+        softcap(static_cast<Acc>(tile.softcap)),
+        temperature(static_cast<Acc>(tile.temperature)),
+        inverse_temperature(static_cast<Acc>(1 / tile.temperature)),
+        chain(static_cast<Acc>(tile.scale / tile.temperature)) {}
 
   // x becomes z; returns cap'.
   FASTPO_DEVICE Acc apply(Acc& x, int64_t column) const {
+    Acc slope = 1;
     if constexpr (!kPlain) {
       if (bias != nullptr) x += bias[column];
-      if (cap_in != 0) {
-        const Acc t = std::tanh(cap_in * x);
-        x = cap_out * t;
-        return cap_slope(t);
+    }
+    x *= scale;
+    if constexpr (!kPlain) {
+      if (softcap != 0) {
+        const Acc t = std::tanh(x / softcap);
+        x = softcap * t;
+        slope = cap_slope(t);
       }
     }
-    x *= slope;
-    return 1;
+    x = divide(x, temperature, inverse_temperature);
+    return slope;
   }
 
   template <typename C>

@@ -3,16 +3,15 @@
 
 namespace fastpo::cpu {
 
-#define DECLARE(isa)                                                                              \
-  namespace isa {                                                                                 \
-  int chunk_stats(const Tile&, const RowState&, int);                                             \
-  int chunk_weights(const Tile&, const RowState&, const TileOut&, void*, int64_t, int64_t, int);  \
-  int chunk_grad(const Tile&, const RowGrads&, const TileOut&, int);                              \
-  int finish_stats(DType, const RowState&, int64_t, int64_t, const int64_t*, int64_t,             \
-                   const StatsOut&, int);                                                         \
-  int finish_weights(const UnitGrad&, const RowState&, int);                                      \
-  int scale_rows(DType, const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t,      \
-                 int);                                                                            \
+#define DECLARE(isa)                                                                               \
+  namespace isa {                                                                                  \
+  int chunk_stats(const Tile&, const RowState&, int);                                              \
+  int chunk_weights(const Tile&, const RowState&, const TileOut&, void*, int64_t, int64_t, int);   \
+  int chunk_grad(const Tile&, const RowGrads&, const TileOut&, int);                               \
+  int finish_stats(DType, const RowState&, int64_t, int64_t, const int64_t*, int64_t,              \
+                   const StatsOut&, int);                                                          \
+  int finish_weights(const UnitGrad&, const RowState&, int);                                       \
+  int scale_rows(DType, const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int); \
   }
 DECLARE(baseline)
 
@@ -30,13 +29,16 @@ Isa widest() {
 }
 }  // namespace
 
-#define FORWARD(call)                           \
-  static const Isa isa = widest();              \
-  switch (isa) {                                \
-    case Isa::kAvx512: return avx512::call;     \
-    case Isa::kAvx2: return avx2::call;         \
-    case Isa::kBaseline: return baseline::call; \
-  }                                             \
+#define FORWARD(call)              \
+  static const Isa isa = widest(); \
+  switch (isa) {                   \
+    case Isa::kAvx512:             \
+      return avx512::call;         \
+    case Isa::kAvx2:               \
+      return avx2::call;           \
+    case Isa::kBaseline:           \
+      return baseline::call;       \
+  }                                \
   return kBadDType
 #else
 #define FORWARD(call) return baseline::call

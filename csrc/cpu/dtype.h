@@ -79,10 +79,14 @@ constexpr int kBadDType = 1;
 template <typename Body>
 int with_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
-    case DType::kFloat64: return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat64:
+      return body(double{});
   }
   return kBadDType;
 }

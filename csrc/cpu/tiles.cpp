@@ -1,5 +1,5 @@
-// The tile operations: chunk_stats, chunk_weights, chunk_grad. One thread takes whole rows; a row is
-// swept twice, the second time out of cache.
+// The tile operations: chunk_stats, chunk_weights, chunk_grad. One thread takes whole rows; a row
+// is swept twice, the second time out of cache.
 #include <algorithm>
 
 #include "cpu/simd.h"
@@ -11,9 +11,9 @@ namespace {
 // error of a row's sum does not grow with its length.
 constexpr int64_t kSumBlock = 1024;
 
-// raw logits -> z, and the derivative of the soft-cap. kPlain: neither bias nor soft-cap. Factors are
-// applied one by one, as the formula has them: a product of two would be rounded, and every z of the
-// row be off by the same share.
+// raw logits -> z, and the derivative of the soft-cap. kPlain: neither bias nor soft-cap. Factors
+// are applied one by one, as the formula has them: a product of two would be rounded, and every z
+// of the row be off by the same share.
 template <typename T, bool kPlain>
 struct Transform {
   using A = Acc<T>;
@@ -125,8 +125,7 @@ void fold_row(const Tile& tile, const RowState& state, int64_t i, O* weights, Ac
 
   if ((state.moments & kIsTop1) && row_max > old_max) {
     int64_t first = 0;
-    while (first == target ||
-           !(transform(load_columns(row, first, 1), first, 1)[0] == row_max)) {
+    while (first == target || !(transform(load_columns(row, first, 1), first, 1)[0] == row_max)) {
       ++first;
     }
     state.top[i] = int32_t(tile.vocab_start + first);
@@ -214,8 +213,8 @@ void grad_row(const Tile& tile, const RowGrads& rows, int64_t i, O* out) {
     transform(load_columns(row, target, 1), target, 1, &cap_grad);
     const A p = std::exp(logprob);
     const A surprise = p == 0 ? A(0) : p * (logprob + entropy);
-    target_grad = (-g * std::expm1(logprob) - (h == 0 ? A(0) : h * surprise) + k * p) * chain *
-                  cap_grad[0];
+    target_grad =
+        (-g * std::expm1(logprob) - (h == 0 ? A(0) : h * surprise) + k * p) * chain * cap_grad[0];
   }
   sweep<A>(0, tile.v, [&](int64_t column, int64_t count) {
     Vec<A> cap_grad;

@@ -57,8 +57,8 @@ FASTPO_KERNEL void chunk_grad_kernel(Tile tile, Transform<acc_t<TIn>, kPlain> tr
       [&](auto columns) {
         auto z = load(logits, columns);
         auto slopes = transform.apply(z, columns);
-        z.for_each(columns, [&](Acc& x, int64_t) { x = grad.at_rest(x) * transform.slope; });
-        at_target(z, columns, target, [&](Acc& x) { x = target_grad * transform.slope; });
+        z.for_each(columns, [&](Acc& x, int64_t) { x = grad.at_rest(x) * transform.chain; });
+        at_target(z, columns, target, [&](Acc& x) { x = target_grad * transform.chain; });
         z.multiply(slopes);
         store(grads, columns, z);
       },

@@ -16,6 +16,8 @@ FASTPO_KERNEL void finish_weights_kernel(UnitGrad args, RowState state, acc_t<T>
   const T* target_row = static_cast<const T*>(args.target_rows) + row * args.target_rows_stride;
   T* unit_grad = static_cast<T*>(args.unit_grad) + index * args.unit_grad_stride;
 
+  if (args.targets[row] == args.ignore_index) return clear_row(unit_grad, args.hidden);
+
   const StateOfRow<Acc> at{state, row};
   const Acc sum = at[kSumExp];
   const Acc one_minus_p = std::exp(-softplus(target_margin(at)));

@@ -33,7 +33,7 @@ def draw(results: dict[str, Any], history: list[dict[str, float]], path: Path) -
     names, colors = ["before DPO", "after DPO"], [_BEFORE, _AFTER]
     runs = [m["eval_logps/accuracies"] for m in (before, after)]
     _bars(axes[0, 0], names, [100 * r for r in runs], colors, "{:.1f} %")
-    axes[0, 0].set(title="Held-out pair accuracy", ylabel="% with log p(chosen) > log p(rejected)")
+    axes[0, 0].set(title="Held-out pair accuracy", ylabel="pairs with the chosen one likelier, %")
     axes[0, 0].axhline(50, color="0.5", linewidth=0.8, linestyle=":")
     margins = [m["eval_logps/margins"] for m in (before, after)]
     _bars(axes[0, 1], names, margins, colors, "{:.1f}")

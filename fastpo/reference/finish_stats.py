@@ -25,6 +25,7 @@ def finish_stats(
     """Write each given output at ``rows`` (or 0 .. n); rows with an ignored target get zeros."""
     max_n, sum_n, target_n, sum_exp_logit_n, sum_sq_n, sum_logits_n = state.values_Sn
     margin_n = target_n - max_n - torch.log(sum_n)
+    margin_n = torch.where(target_n == torch.inf, torch.nan, margin_n)
     logprob_n = -_softplus(-margin_n)
     log_other_n = -_softplus(margin_n)  # log(1 - p_target)
     alone_n = sum_n == 0  # no probability besides the target's

@@ -54,6 +54,20 @@ class StatisticTrainer(Trainer):
         self._recent: list[tuple[int, Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``.
+
+        Raises:
+            RuntimeError: the model was evaluated before, on several ranks: accelerate would then train
+                it without DistributedDataParallel, each rank by itself.
+        """
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_prepared = getattr(self.model, "_is_accelerate_prepared", False)
+        if self.args.world_size > 1 and is_prepared and not is_sharded:
+            remedy = "Set eval_on_start in the training arguments instead."
+            raise RuntimeError(f"evaluate() was called before train() on several ranks. {remedy}")
+        return super().train(*args, **kwargs)
+
     def record(self, inputs: dict[str, Tensor], loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Note a training batch: its rows, its loss and its mean metrics (0-d each)."""
         self._recent.append((self.state.global_step + 1, inputs["row"], loss.detach()))

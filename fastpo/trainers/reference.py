@@ -64,8 +64,9 @@ def fingerprint(trainer: DPOTrainer, rows: Dataset) -> dict[str, str]:
 def compute(trainer: DPOTrainer, rows: Dataset) -> Tensor:
     """Log-probs [P, 2] of chosen and rejected under the model without adapter, nats, on the CPU."""
     values_P2 = torch.full((len(rows), 2), float("nan"))
-    model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
-    with trainer.initial_model(model):
+    # Not accelerator.prepare_model: a model it has seen is not wrapped for training any more.
+    model = trainer.model.to(trainer.args.device)
+    with trainer.initial_model(model), trainer.accelerator.autocast():
         for batch in trainer.get_eval_dataloader(rows):
             inputs = trainer._prepare_inputs(batch)
             sums = sum_logprobs(model, inputs, shift_labels(inputs["labels"]) >= 0).chunk(2)

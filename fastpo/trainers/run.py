@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -99,6 +100,11 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise ConfigError(f"trainer: {error}") from error
 
 
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
 def load_data(
     config: RunConfig, fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset | None]:
@@ -115,10 +121,9 @@ def load_data(
             continue
         part, report = tokenize_rows(part, fields, tokenizer, config.max_length)
         tokenised.append(part)
-        print(
+        _say(
             f"{name}: {report.rows} rows, longest {report.longest} tokens, prompts cut in "
-            f"{report.cut_prompts}, completions cut in {report.cut_completions}",
-            flush=True,
+            f"{report.cut_prompts}, completions cut in {report.cut_completions}"
         )
     return tokenised[0], tokenised[1]
 
@@ -179,22 +184,34 @@ def _run(config: RunConfig, fields: tuple[str, ...], build) -> dict[str, Any]:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     train, held = load_data(config, fields, tokenizer)
+    # Evaluated inside train: an evaluation before it would mark the model as prepared, and
+    # accelerate would then leave it without DistributedDataParallel.
+    args.eval_on_start = held is not None and checkpoint is None
     trainer: Trainer = build(load_model(config), tokenizer, args, train, held)
-    results: dict[str, Any] = {}
-    path = output / "results.json"
-    if held is not None and checkpoint is None:
-        results["before"] = trainer.evaluate()
-    elif checkpoint is not None and path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-    if trainer.is_world_process_zero():
-        path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    # The order of the rows must not depend on what was computed for the reference.
+    set_seed(config.seed)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
-    results["train_seconds"] = time.perf_counter() - started
-    results["steps"] = trainer.state.global_step
+    results: dict[str, Any] = {
+        "train_seconds": time.perf_counter() - started,
+        "steps": trainer.state.global_step,
+    }
     if held is not None:
+        evaluations = (log for log in trainer.state.log_history if "eval_loss" in log)
+        results["before"] = next(evaluations, {})
         results["after"] = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
+        path = output / "results.json"
         path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    for line in _summary(results):
+        _say(line)
     return results
+
+
+def _summary(results: dict[str, Any]) -> list[str]:
+    """Held-out metrics before and after, side by side."""
+    before, after = results.get("before", {}), results.get("after", {})
+    metrics = [name for name in after if "/" in name or name == "eval_loss"]
+    lines = [f"{name:28} {before[name]:10.4f} -> {after[name]:10.4f}" for name in metrics]
+    return [*lines, f"{results['steps']} steps, {results['train_seconds']:.1f} s of training"]
