@@ -41,12 +41,12 @@ def _fastpo():
 
 
 def _fastpo_saved():
-    """Logits kept from forward to backward, up to as many bytes as there are logits."""
+    """A workspace that holds all logits from forward to backward, and a tile beside them."""
     import fastpo
 
     def logprobs(hidden, weight, targets):
-        budget = 4 * hidden.shape[0] * weight.shape[0]
-        return fastpo.linear_logprobs(hidden, weight, targets, saved_logits_bytes=budget)
+        budget = 4 * hidden.shape[0] * weight.shape[0] + (512 << 20)
+        return fastpo.linear_logprobs(hidden, weight, targets, workspace_bytes=budget)
 
     return logprobs
 

@@ -50,9 +50,9 @@ def token_stats(device: str) -> None:
 
 def saved_logits(device: str) -> None:
     """Logits kept from forward to backward, whole and in part."""
-    for budget in (1 << 12, 1 << 24):
+    for budget in (1 << 12, 1 << 14, 1 << 24):
         hidden_NH, weight_VH, targets_N, _ = _head(9, 33, 515, torch.bfloat16, device, True)
-        logps_N = fastpo.linear_logprobs(hidden_NH, weight_VH, targets_N, saved_logits_bytes=budget)
+        logps_N = fastpo.linear_logprobs(hidden_NH, weight_VH, targets_N, workspace_bytes=budget)
         _finite(*torch.autograd.grad(logps_N.sum(), (hidden_NH, weight_VH)))
 
 

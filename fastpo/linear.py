@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from fastpo import plans
 from fastpo.ops import _check
 from fastpo.ops.linear_stats import Stats, linear_stats
-from fastpo.tiles import MOMENTS, accumulation_dtype
+from fastpo.tiles import MOMENTS
 
 _OUTPUTS = ("logprobs", "lse", *MOMENTS)
 _DIFFERENTIABLE = ("logprobs", "lse", "entropy")
-_WORKSPACE_BYTES = {"cpu": 64 << 20}  # elsewhere 512 MiB
+_WORKSPACE_BYTES = {"cpu": 128 << 20}  # elsewhere 512 MiB
 
 
 class LoRA(NamedTuple):
@@ -138,7 +139,6 @@ def linear_token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
-    saved_logits_bytes: int = 0,
     lora: LoRA | None = None,
     differentiable: Sequence[str] | None = None,
 ) -> TokenStats:
@@ -163,10 +163,10 @@ def linear_token_stats(
         logit_scale: multiplies them, before the soft-cap.
         softcap: bounds them by a tanh; None for none.
         ignore_index: the target of tokens to skip.
-        workspace_bytes: bound on the tiles of logits held at a time; default 512 MiB on a GPU, 64
-            MiB on a CPU (which uses less than that by itself).
-        saved_logits_bytes: with a trained head, logits kept from forward to backward. Each one kept
-            is not recomputed: 4 passes become 3 when all ``4 N V`` bytes fit.
+        workspace_bytes: bound on the logits alive at any time; default 512 MiB on a GPU, 128 MiB on
+            a CPU. A tile of them takes at most 510 MiB (4 MiB on a CPU). With a trained head the
+            rest keeps logits from forward to backward, which are then not recomputed: 4 passes
+            become 3 when all ``4 N V`` bytes fit.
         lora: a LoRA on the head, whose factors get gradients while ``weight`` stays frozen.
         differentiable: the outputs whose gradient will be used, if known. With a frozen head a
             gradient through ``entropy`` or ``lse`` then costs 3 passes in all; None leaves the
@@ -200,7 +200,7 @@ def linear_token_stats(
             raise _check.fail(op, "differentiable", expected, repr(name), "")
     inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
     numbers = scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
-    stats = run(inputs, numbers, outputs, saved_logits_bytes, differentiable)
+    stats = run(inputs, numbers, outputs, differentiable)
     values = {}
     for name in outputs:
         value = getattr(stats, name).view(targets.shape)
@@ -209,7 +209,7 @@ def linear_token_stats(
     return TokenStats(**values)
 
 
-def run(inputs, numbers, outputs, saved_logits_bytes=0, differentiable=None) -> Stats:
+def run(inputs, numbers, outputs, differentiable=None) -> Stats:
     """Choose the plan by what requires a gradient, and run the op."""
     moments = sum(bit for name, bit in MOMENTS.items() if name in outputs)
     keep_unit_grad, saved_columns = False, 0
@@ -217,11 +217,9 @@ def run(inputs, numbers, outputs, saved_logits_bytes=0, differentiable=None) -> 
         moments |= MOMENTS["entropy"] if "entropy" in outputs else 0
         only_logprobs = differentiable is None or set(differentiable) <= {"logprobs"}
         keep_unit_grad = inputs.head_is_frozen() and only_logprobs
-        if not keep_unit_grad and saved_logits_bytes:
-            row_bytes = (
-                inputs.hidden_NH.shape[0] * accumulation_dtype(inputs.hidden_NH.dtype).itemsize
-            )
-            saved_columns = min(saved_logits_bytes // max(row_bytes, 1), inputs.weight_VH.shape[0])
+        if not keep_unit_grad:
+            vocab, workspace_bytes = inputs.weight_VH.shape[0], numbers[-1]
+            saved_columns = plans.columns_to_save(inputs.hidden_NH, vocab, workspace_bytes)
     return Stats(
         *linear_stats(
             inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, *inputs[3:], *numbers,
@@ -241,7 +239,6 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
-    saved_logits_bytes: int = 0,
     lora: LoRA | None = None,
 ) -> torch.Tensor:
     """Log-probabilities of the targets under ``softmax(hidden @ weight.T)``, without the logits.
@@ -267,5 +264,5 @@ def linear_logprobs(
     op = "linear_logprobs"
     inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
     numbers = scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
-    stats = run(inputs, numbers, ("logprobs",), saved_logits_bytes)
+    stats = run(inputs, numbers, ("logprobs",))
     return stats.logprobs.view(targets.shape)

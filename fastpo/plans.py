@@ -23,7 +23,7 @@ from fastpo.tiles import MOMENTS, RowState, Tile, accumulation_dtype
 # accumulators beside it stay small.
 _ROWS = {"cpu": 1024, "cuda": 4096}
 # On a CPU a wider tile falls out of the caches, which costs more than the product gains.
-_COLUMNS = {"cpu": 2048, "cuda": 1 << 16}
+_COLUMNS = {"cpu": 1024, "cuda": 21760}  # on CUDA: 510 MiB for bf16
 # Tiles are a multiple of this wide, and never narrower: thinner ones would sum in too many
 # roundings.
 _ALIGN = 128
@@ -96,8 +96,9 @@ class Head:
     def __init__(
         self, hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature
     ):
+        self.dtype = hidden.dtype
         self.acc = accumulation_dtype(hidden.dtype)
-        self.compute = self.acc if hidden.device.type == "cpu" else hidden.dtype
+        self.compute = product_dtype(hidden.dtype, hidden.device)
         self.vocab = weight.shape[0]
         self._weight_VH, self._lora_b_Vr, self._lora_scale = weight, lora_b, lora_scale
         self.lora_a_rH = None if lora_a is None else lora_a.to(self.compute)
@@ -137,20 +138,47 @@ class Head:
         )
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that hidden states of ``dtype`` are multiplied in."""
+    return accumulation_dtype(dtype) if device.type == "cpu" else dtype
+
+
+def tile_shape(
+    count: int, vocab: int, workspace_bytes: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, int]:
+    """Rows, columns and bytes of one tile with its product, for ``count`` rows of hidden states."""
+    acc, product = accumulation_dtype(dtype), product_dtype(dtype, device)
+    element_bytes = acc.itemsize + (product.itemsize if product != acc else 0)
+    rows = max(min(count, _ROWS[device.type]), 1)
+    columns = max(min(workspace_bytes // (rows * element_bytes), _COLUMNS[device.type]), _ALIGN)
+    columns = min(columns - columns % _ALIGN, vocab)
+    return rows, columns, rows * columns * element_bytes
+
+
+def columns_to_save(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int:
+    """Columns of logits that the budget holds from forward to backward, beside one tile.
+
+    Fewer than a tile has are not worth holding memory for.
+    """
+    N, (dtype, device) = hidden_NH.shape[0], (hidden_NH.dtype, hidden_NH.device)
+    _, columns, tile_bytes = tile_shape(N, vocab, workspace_bytes, dtype, device)
+    left = (workspace_bytes - tile_bytes) // max(N * accumulation_dtype(dtype).itemsize, 1)
+    if left >= vocab:
+        return vocab
+    return left - left % _ALIGN if left >= columns else 0
+
+
 class Workspace:
     """Buffers for one tile: the logits, and their weights or gradients in the type to multiply."""
 
     def __init__(self, head: Head, count: int, workspace_bytes: int, device: torch.device) -> None:
-        self.rows = max(min(count, _ROWS[device.type]), 1)
-        separate = head.compute != head.acc
-        element_bytes = head.acc.itemsize + (head.compute.itemsize if separate else 0)
-        columns = workspace_bytes // (self.rows * element_bytes)
-        columns = max(min(columns, _COLUMNS[device.type]), _ALIGN)
-        self.columns = min(columns - columns % _ALIGN, head.vocab)
+        self.rows, self.columns, _ = tile_shape(
+            count, head.vocab, workspace_bytes, head.dtype, device
+        )
         size = self.rows * self.columns
         self._logits = torch.empty(size, dtype=head.acc, device=device)
         self._product = self._logits
-        if separate:
+        if head.compute != head.acc:
             self._product = torch.empty(size, dtype=head.compute, device=device)
 
     def logits(self, n: int, v: int) -> torch.Tensor:
@@ -271,6 +299,12 @@ def backward(
     needs_lora = needs_a or (needs_hidden and rank > 0)
     dhidden_nH = buffer(needs_hidden, rows.count, H)
     dlora_nr = buffer(needs_lora, rows.count, rank)
+    lora_Nr = None
+    if rank:
+        lora_Nr = torch.empty((rows.count, rank), dtype=head.compute, device=device)
+        for first, last in spans(0, rows.count, workspace.rows):
+            hidden_nH = rows.take(hidden, first, last).to(head.compute)
+            lora_Nr[first:last] = head.lora_hidden(hidden_nH)
     # Summed over the rows in fp32 and rounded once, slice by slice: no [V, H] buffer.
     dweight_vH = buffer(needs_weight, workspace.columns, H)
     dlora_b_vr = buffer(needs_b, workspace.columns, rank)
@@ -280,7 +314,7 @@ def backward(
         for first, last in spans(0, rows.count, workspace.rows):
             n, block = last - first, slice(first, last)
             hidden_nH = rows.take(hidden, first, last).to(head.compute)
-            lora_nr = head.lora_hidden(hidden_nH)
+            lora_nr = None if lora_Nr is None else lora_Nr[block]
             if stop <= saved_columns:
                 logits_nv = saved_rows.take(saved_logits, first, last)[:, start:stop]
             else:

@@ -130,18 +130,19 @@ def test_lora_on_the_head(backend, dtype, frozen):
     assert {"a", "b"} <= grads.keys()
 
 
-@pytest.mark.parametrize("saved_logits_bytes", [1, 3_000, 10_000, 1 << 20])
-def test_saved_logits_change_nothing_but_the_work(device, saved_logits_bytes):
+@pytest.mark.parametrize("workspace_bytes", [1, 35_000, 50_000, 1 << 20])
+def test_saved_logits_change_nothing_but_the_work(device, monkeypatch, workspace_bytes):
+    monkeypatch.setattr(plans, "_COLUMNS", {device.type: 128})
     tensors, targets = problem(torch.float32, device)
-    check(tensors, targets, torch.float32, saved_logits_bytes=saved_logits_bytes)
+    check(tensors, targets, torch.float32, workspace_bytes=workspace_bytes)
 
 
 def test_saved_logits_with_rows_that_get_no_gradient(device):
     tensors, targets = problem(torch.float32, device)
     results = []
-    for saved in (0, 1 << 20):
+    for workspace_bytes in (1, 1 << 20):
         inputs = leaves(tensors, torch.float32)
-        out = fastpo.linear_logprobs(**inputs, targets=targets, saved_logits_bytes=saved)
+        out = fastpo.linear_logprobs(**inputs, targets=targets, workspace_bytes=workspace_bytes)
         weights = torch.zeros(targets.shape, device=device)
         weights[1, ::2] = torch.arange(6.0, device=device)
         (out * weights).sum().backward()
@@ -165,8 +166,8 @@ def test_more_rows_than_a_tile_has(device, frozen, ignored):
     tensors, targets = problem(torch.float32, device, (N,), H=8, V=150)
     if not ignored:
         targets = targets.clamp(min=0)
-    for saved in (0, 1 << 30):
-        check(tensors, targets, torch.float32, frozen, saved_logits_bytes=saved)
+    for workspace_bytes in (1, 1 << 30):
+        check(tensors, targets, torch.float32, frozen, workspace_bytes=workspace_bytes)
 
 
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])
@@ -306,9 +307,10 @@ def test_gradcheck(frozen):
 def test_a_second_backward_gives_the_same_gradient(device):
     tensors, targets = problem(torch.float32, device)
     for frozen in (("weight", "bias"), ()):
-        for saved in (0, 1 << 20):
+        for workspace_bytes in (1, 1 << 20):
             inputs = leaves(tensors, torch.float32, frozen)
-            loss = fastpo.linear_logprobs(**inputs, targets=targets, saved_logits_bytes=saved).sum()
+            options = {"targets": targets, "workspace_bytes": workspace_bytes}
+            loss = fastpo.linear_logprobs(**inputs, **options).sum()
             wanted = [v for v in inputs.values() if v.requires_grad]
             first = torch.autograd.grad(loss, wanted, retain_graph=True)
             second = torch.autograd.grad(loss, wanted)

@@ -10,6 +10,7 @@ from fastpo import plans
 
 N, H, V = 64, 16, 640
 PASS = 2 * N * H * V
+TILE = 4 * N * 128  # bytes of the narrowest tile: nothing is left to keep logits in
 
 
 @pytest.fixture
@@ -54,19 +55,22 @@ def test_without_a_gradient_one(passes, dtype, ignored):
 @pytest.mark.parametrize(("trained", "expected"), [(False, 2), (True, 4)])
 def test_with_a_gradient(passes, trained, expected, ignored):
     def step():
-        fastpo.linear_logprobs(*inputs(trained, ignored)).sum().backward()
+        logprobs = fastpo.linear_logprobs(*inputs(trained, ignored), workspace_bytes=TILE)
+        logprobs.sum().backward()
 
     assert passes(step) == expected * (1 - ignored / N)
 
 
-def test_trained_with_the_logits_kept_three_and_in_between(passes):
-    def step(saved_logits_bytes):
-        arguments = inputs(True)
-        logprobs = fastpo.linear_logprobs(*arguments, saved_logits_bytes=saved_logits_bytes)
+def test_trained_with_the_logits_kept_three_and_in_between(passes, monkeypatch):
+    def step(workspace_bytes):
+        logprobs = fastpo.linear_logprobs(*inputs(True), workspace_bytes=workspace_bytes)
         logprobs.sum().backward()
 
-    assert passes(lambda: step(4 * N * V)) == 3
-    assert passes(lambda: step(2 * N * V)) == 3.5
+    logits_bytes = 4 * N * V
+    monkeypatch.setattr(plans, "_COLUMNS", {"cpu": 128})
+    assert passes(lambda: step(TILE)) == 4
+    assert passes(lambda: step(TILE + logits_bytes // 5 * 2)) == 3.6
+    assert passes(lambda: step(TILE + logits_bytes)) == 3
 
 
 def test_frozen_head_is_never_multiplied_twice_for_two_losses(passes):
@@ -81,7 +85,10 @@ def test_frozen_head_is_never_multiplied_twice_for_two_losses(passes):
 def test_frozen_head_with_an_entropy_gradient(passes, hint, expected):
     def step():
         stats = fastpo.linear_token_stats(
-            *inputs(False), outputs=("logprobs", "entropy"), differentiable=hint
+            *inputs(False),
+            outputs=("logprobs", "entropy"),
+            differentiable=hint,
+            workspace_bytes=TILE,
         )
         (stats.logprobs + stats.entropy).sum().backward()
 
@@ -102,7 +109,7 @@ def test_rows_without_an_upstream_gradient_are_dropped(passes, trained):
     upstream[: N // 4] = 1.0
 
     def step():
-        fastpo.linear_logprobs(*inputs(trained)).backward(upstream)
+        fastpo.linear_logprobs(*inputs(trained), workspace_bytes=TILE).backward(upstream)
 
     assert passes(step) == (1 + 3 / 4 if trained else 2)
 
@@ -115,7 +122,8 @@ def test_lora_on_a_frozen_head(passes):
         hidden, weight, targets = inputs(False)
         a = torch.randn(r, H, requires_grad=True)
         b = torch.randn(V, r, requires_grad=True)
-        logprobs = fastpo.linear_logprobs(hidden, weight, targets, lora=fastpo.LoRA(a, b))
+        lora = fastpo.LoRA(a, b)
+        logprobs = fastpo.linear_logprobs(hidden, weight, targets, lora=lora, workspace_bytes=TILE)
         logprobs.sum().backward()
 
     through_b, through_a = 4 * 2 * N * V * r, 4 * 2 * N * H * r

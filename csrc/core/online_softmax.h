@@ -183,7 +183,7 @@ struct StateOfRow {
 // share costs no digits. An infinite logit has no probability: NaN, as exp(inf - inf) would give.
 template <typename Acc>
 FASTPO_DEVICE Acc target_margin(const StateOfRow<Acc>& at) {
-  if (at[kTargetLogit] == kInfinity<Acc>) return std::numeric_limits<Acc>::quiet_NaN();
+  if (at[kTargetLogit] == kInfinity<Acc>) return kNaN<Acc>;
   return at[kTargetLogit] - at[kMax] - std::log(at[kSumExp]);
 }
 

@@ -12,6 +12,8 @@ namespace fastpo {
 
 template <typename Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+template <typename Acc>
+constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
 
 // 1 - tanh^2, the derivative of the soft-cap, of a tanh. In factors: 1 - t is exact near t = 1.
 template <typename Acc>

@@ -58,7 +58,7 @@ def _fake(hidden, weight, targets, *rest):
 
 
 linear_stats = register(
-    f"linear_stats({_HEAD}, int moments, bool keep_unit_grad, int saved_columns) "
+    f"linear_stats({_HEAD}, int moments, bool keep_unit_grad, SymInt saved_columns) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     plans.forward,
     _fake,

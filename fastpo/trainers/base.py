@@ -58,7 +58,7 @@ class StatisticTrainer(Trainer):
         """As ``Trainer.train``.
 
         Raises:
-            RuntimeError: the model was evaluated before, on several ranks: accelerate would then train
+            RuntimeError: it was evaluated before, on several ranks: accelerate would then train
                 it without DistributedDataParallel, each rank by itself.
         """
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import fastpo
 from fastpo.data.tokens import IGNORED
@@ -78,7 +77,7 @@ def _head(model: nn.Module) -> tuple[Tensor, Tensor | None, fastpo.LoRA | None]:
         remedy = "Use DistributedDataParallel, FSDP2 or ZeRO stage 2."
         raise NotImplementedError(f"the fused head does not gather ZeRO-3 shards. {remedy}")
     weight, bias = (
-        p.full_tensor() if isinstance(p, DTensor) else p
+        p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP2 shards.
         for p in (layer.weight, getattr(layer, "bias", None))
     )
     return weight, bias, lora
