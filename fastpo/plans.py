@@ -206,7 +206,7 @@ def forward(
     for name, bit in MOMENTS.items():
         outputs[name] = zeros(bool(moments & bit), torch.bool if name == "is_top1" else head.acc)
     asked = {name: tensor for name, tensor in outputs.items() if tensor.shape[0]}
-    unit_grad_NH = torch.zeros((N if keep_unit_grad else 0, H), dtype=hidden.dtype, device=device)
+    unit_grad_NH = torch.zeros((N if keep_unit_grad else 0, H), dtype=head.acc, device=device)
     saved_NS = torch.empty(
         (N if saved_columns else 0, saved_columns), dtype=head.acc, device=device
     )
@@ -243,6 +243,7 @@ def forward(
         if keep_unit_grad:
             # A target out of range has poisoned its state; here it only must not be read.
             target_rows_nH = weight.index_select(0, targets_n.clamp(0, head.vocab - 1))
+            target_rows_nH = target_rows_nH.to(head.acc)
             out_NH = rows.target(unit_grad_NH, first, last)
             kernels.finish_weights(
                 state, partial[:n], target_rows_nH, out_NH, targets_n,

@@ -6,10 +6,10 @@ import torch
 import fastpo
 
 
-def truth(hidden, weight, targets):
+def truth(hidden, weight, targets, upstream=1.0):
     hidden = hidden.double().requires_grad_()
     logprobs = (hidden @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    logprobs.sum().backward()
+    (upstream * logprobs).sum().backward()
     return logprobs.detach(), hidden.grad
 
 
@@ -48,7 +48,9 @@ def test_bf16_hidden_gradient_of_confident_tokens(device, p, trained):
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     moved = (hidden.double() + high * direction).bfloat16().requires_grad_()
     weight.requires_grad_(trained)
-    fastpo.linear_logprobs(moved, weight, targets).sum().backward()
-    _, wanted = truth(moved.detach(), weight.detach(), targets)
+    # Any upstream gradient: the product with it must not round a second time.
+    upstream = torch.randn(N, device=device)
+    fastpo.linear_logprobs(moved, weight, targets).backward(upstream)
+    _, wanted = truth(moved.detach(), weight.detach(), targets, upstream)
     error = (moved.grad.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert error.median() < 2e-3, error

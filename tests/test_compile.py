@@ -43,7 +43,7 @@ def test_other_ops_opcheck():
     factors = torch.rand(6)
     arguments = (hidden, weight, targets, None, factors, *numbers, 4, True, True, False)
     torch.library.opcheck(linear_nll, arguments)
-    torch.library.opcheck(scale_rows, (torch.randn(4, 5), torch.randn(4)))
+    torch.library.opcheck(scale_rows, (torch.randn(4, 5), torch.randn(4), torch.bfloat16))
     logits = torch.randn(2, 3, 9, requires_grad=True)
     targets = torch.randint(9, (2, 3))
     torch.library.opcheck(logits_logprobs, (logits, targets, *numbers, False))

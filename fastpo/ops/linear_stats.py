@@ -27,8 +27,8 @@ class Stats(NamedTuple):
     log_sum_sq_probs: torch.Tensor
     mean_logits: torch.Tensor
     is_top1: torch.Tensor
-    unit_grad: torch.Tensor  # [N, H] d logprobs / d hidden, with keep = "unit_grad"
-    saved_logits: torch.Tensor  # [N, columns] accumulation dtype, with keep = "logits"
+    unit_grad: torch.Tensor  # [N, H] d logprobs / d hidden, with keep_unit_grad
+    saved_logits: torch.Tensor  # [N, saved_columns]
 
 
 _HEAD = (
@@ -52,7 +52,7 @@ def _fake(hidden, weight, targets, *rest):
             rows(bool(moments & bit), torch.bool if name == "is_top1" else acc)
             for name, bit in MOMENTS.items()
         ),
-        hidden.new_empty((N, H) if keep_unit_grad else (0, H)),
+        hidden.new_empty((N, H) if keep_unit_grad else (0, H), dtype=acc),
         hidden.new_empty((N if saved_columns else 0, saved_columns), dtype=acc),
     )
 
@@ -102,7 +102,7 @@ def _backward(ctx, grad_logprobs, grad_lse, _, grad_entropy, *__):
         return (None,) * 6 + nothing + (None,) * 3
     if ctx.keep_unit_grad and grads[1] is None and grads[2] is None:
         # Frozen head: the gradient is known up to the row's factor, whatever the loss was.
-        return scale_rows(unit_grad, grads[0]), *(None,) * 5, *nothing, *(None,) * 3
+        return scale_rows(unit_grad, grads[0], hidden.dtype), *(None,) * 5, *nothing, *(None,) * 3
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
     dX, dW, db, dA, dB = linear_stats_backward(
         hidden, weight, targets, bias, lora_a, lora_b, *ctx.scalars,

@@ -7,16 +7,29 @@ import torch
 from fastpo import backends
 from fastpo.ops._library import register
 
+# Rows that are scaled at a time where the result is of another type.
+_BLOCK_ROWS = 4096
 
-def _scale_rows(input_NH: torch.Tensor, factors_N: torch.Tensor) -> torch.Tensor:
-    out_NH = torch.empty_like(input_NH)
-    if input_NH.numel():
-        backends.kernels(input_NH.device).scale_rows(input_NH, factors_N, out_NH)
+
+def _scale_rows(input: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out_NH = torch.empty(input.shape, dtype=dtype, device=input.device)
+    if input.numel() == 0:
+        return out_NH
+    kernels = backends.kernels(input.device)
+    if dtype == input.dtype:
+        kernels.scale_rows(input, factors, out_NH)
+        return out_NH
+    scaled_nH = torch.empty_like(input[:_BLOCK_ROWS])
+    for start in range(0, input.shape[0], _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        n = input[rows].shape[0]
+        kernels.scale_rows(input[rows], factors[rows], scaled_nH[:n])
+        out_NH[rows] = scaled_nH[:n]
     return out_NH
 
 
 scale_rows = register(
-    "scale_rows(Tensor input, Tensor factors) -> Tensor",
+    "scale_rows(Tensor input, Tensor factors, ScalarType dtype) -> Tensor",
     _scale_rows,
-    lambda input, factors: torch.empty_like(input),
+    lambda input, factors, dtype: torch.empty(input.shape, dtype=dtype, device=input.device),
 )
