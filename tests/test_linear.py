@@ -219,6 +219,14 @@ def test_all_rows_enter_when_none_can_be_dropped(backend, monkeypatch, frozen):
     check(tensors, targets, torch.float32, frozen)
 
 
+@pytest.mark.parametrize("V", [32000, 99991, 128256, 151936, 152064, 256000])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])
+def test_vocabularies_of_published_models(device, V, frozen):
+    """And a prime; the hidden size is no multiple of 8."""
+    tensors, targets = problem(torch.float32, device, (1, 6), H=19, V=V)
+    check(tensors, targets, torch.float32, frozen)
+
+
 def test_non_contiguous_inputs(device):
     H, V = 19, 157
     tensors, targets = problem(torch.float32, device, bias=False)
