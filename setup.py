@@ -8,7 +8,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OPTIONS = ("FASTPO_SIM", "FASTPO_CUDA", "FASTPO_CUDA_ARCHS")
+# Given on every run, so that nothing is left over from an earlier one in the same build folder.
+DEFAULTS = {"FASTPO_SIM": "OFF", "FASTPO_CUDA": "AUTO", "FASTPO_CUDA_ARCHS": "80;90;100;120"}
 SOURCES = ["CMakeLists.txt", *(str(p) for p in sorted(Path("csrc").rglob("*.*")))]
 
 
@@ -26,7 +27,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         in_tree = self.inplace or self.editable_mode
         install = source if in_tree else Path(self.build_lib).resolve()
-        definitions = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
+        definitions = [f"-D{name}={os.environ.get(name, DEFAULTS[name])}" for name in DEFAULTS]
         definitions += [f"-DPython_EXECUTABLE={sys.executable}"]
         build.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", source, "-B", build, *definitions])
