@@ -143,12 +143,17 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return accumulation_dtype(dtype) if device.type == "cpu" else dtype
 
 
+def logit_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes one logit of a tile takes, with what is made of it in the type of the product."""
+    acc, product = accumulation_dtype(dtype), product_dtype(dtype, device)
+    return acc.itemsize + (product.itemsize if product != acc else 0)
+
+
 def tile_shape(
     count: int, vocab: int, workspace_bytes: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int]:
     """Rows, columns and bytes of one tile with its product, for ``count`` rows of hidden states."""
-    acc, product = accumulation_dtype(dtype), product_dtype(dtype, device)
-    element_bytes = acc.itemsize + (product.itemsize if product != acc else 0)
+    element_bytes = logit_bytes(dtype, device)
     rows = max(min(count, _ROWS[device.type]), 1)
     columns = max(min(workspace_bytes // (rows * element_bytes), _COLUMNS[device.type]), _ALIGN)
     columns = min(columns - columns % _ALIGN, vocab)
@@ -308,6 +313,7 @@ def backward(
             lora_Nr[first:last] = head.lora_hidden(hidden_nH)
     # Summed over the rows in fp32 and rounded once, slice by slice: no [V, H] buffer.
     dweight_vH = buffer(needs_weight, workspace.columns, H)
+    dbias_v = buffer(needs_bias, workspace.columns)
     dlora_b_vr = buffer(needs_b, workspace.columns, rank)
 
     for start, stop in slices(head.vocab, workspace.columns, saved_columns):
@@ -317,7 +323,7 @@ def backward(
             hidden_nH = rows.take(hidden, first, last).to(head.compute)
             lora_nr = None if lora_Nr is None else lora_Nr[block]
             if stop <= saved_columns:
-                logits_nv = saved_rows.take(saved_logits, first, last)[:, start:stop]
+                logits_nv = saved_rows.take(saved_logits[:, start:stop], first, last)
             else:
                 out_nv = workspace.logits(n, v)
                 logits_nv = head.logits(hidden_nH, lora_nr, weight_vH, start, out_nv)
@@ -338,13 +344,16 @@ def backward(
             if needs_weight:
                 multiply(dlogits_nv.t(), hidden_nH, dweight_vH[:v], add=first > 0)
             if needs_bias:
-                db_V[start:stop] += dlogits_nv.sum(0, dtype=head.acc)
+                sum_v = dlogits_nv.sum(0, dtype=head.acc)
+                dbias_v[:v] = dbias_v[:v] + sum_v if first else sum_v
             if needs_lora:
                 multiply(dlogits_nv, head.lora_b(start, stop), dlora_nr[block], add=start > 0)
             if needs_b:
                 multiply(dlogits_nv.t(), lora_nr, dlora_b_vr[:v], add=first > 0)
         if needs_weight:
             dW_VH[start:stop] = dweight_vH[:v]
+        if needs_bias:
+            db_V[start:stop] = dbias_v[:v]
         if needs_b:
             dB_Vr[start:stop] = dlora_b_vr[:v] * lora_scale
     if needs_lora:

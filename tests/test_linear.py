@@ -170,6 +170,21 @@ def test_more_rows_than_a_tile_has(device, frozen, ignored):
         check(tensors, targets, torch.float32, frozen, workspace_bytes=workspace_bytes)
 
 
+def test_gradients_are_rounded_once_however_many_blocks(device, monkeypatch):
+    """A sum kept in bf16 between blocks of rows would be off by one rounding for each."""
+    tensors, targets = problem(torch.bfloat16, device, (3, 40))
+    grads = []
+    for rows in (120, 2):
+        monkeypatch.setattr(plans, "_ROWS", {device.type: rows})
+        inputs = leaves(tensors, torch.bfloat16)
+        fastpo.linear_logprobs(**inputs, targets=targets).sum().backward()
+        grads.append({k: v.grad.double() for k, v in inputs.items()})
+    for name, one_block in grads[0].items():
+        difference = (grads[1][name] - one_block).abs()
+        # Sums in fp32 that differ in their last bits may round to neighbours, no further.
+        assert (difference <= torch.finfo(torch.bfloat16).eps * one_block.abs() + 1e-5).all(), name
+
+
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=["frozen", "trained"])
 def test_two_runs_are_bitwise_equal(device, frozen):
     tensors, targets = problem(torch.float32, device, (4, 300), V=1000)

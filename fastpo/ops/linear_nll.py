@@ -14,11 +14,8 @@ from fastpo.tiles import RowState, accumulation_dtype
 
 
 def tile_rows(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int:
-    """Rows of whole logits the workspace holds, beside their copy in the type of the product."""
-    acc = accumulation_dtype(hidden_NH.dtype)
-    separate = hidden_NH.device.type != "cpu" and hidden_NH.dtype != acc
-    element_bytes = acc.itemsize + (hidden_NH.dtype.itemsize if separate else 0)
-    return workspace_bytes // (element_bytes * vocab)
+    """Rows of whole logits the workspace holds."""
+    return workspace_bytes // (plans.logit_bytes(hidden_NH.dtype, hidden_NH.device) * vocab)
 
 
 def _linear_nll(
