@@ -117,14 +117,11 @@ def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
 
 def scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes):
     """The op's scalar arguments, checked; ``softcap`` None becomes 0."""
-    _check.check_positive(op, "temperature", temperature)
-    if softcap is not None:
-        _check.check_positive(op, "softcap", softcap)
+    transform = _check.check_transform(op, logit_scale, softcap, temperature)
     if workspace_bytes is None:
         workspace_bytes = _WORKSPACE_BYTES.get(hidden.device.type, 512 << 20)
     _check.check_positive(op, "workspace_bytes", workspace_bytes)
-    cap = 0.0 if softcap is None else float(softcap)
-    return float(logit_scale), cap, float(temperature), ignore_index, int(workspace_bytes)
+    return *transform, ignore_index, int(workspace_bytes)
 
 
 def linear_token_stats(
@@ -214,7 +211,6 @@ def run(inputs, numbers, outputs, differentiable=None) -> Stats:
     moments = sum(bit for name, bit in MOMENTS.items() if name in outputs)
     keep_unit_grad, saved_columns = False, 0
     if inputs.needs_grad():
-        moments |= MOMENTS["entropy"] if "entropy" in outputs else 0
         only_logprobs = differentiable is None or set(differentiable) <= {"logprobs"}
         keep_unit_grad = inputs.head_is_frozen() and only_logprobs
         if not keep_unit_grad:

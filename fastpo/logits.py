@@ -55,9 +55,7 @@ def logprobs(
     _check.check_shape(op, "targets", targets, tuple(logits.shape[:-1]), "logits without V")
     _check.check_same_device(op, logits=logits, targets=targets)
     _check.check_targets(op, targets, logits.shape[-1], ignore_index)
-    _check.check_positive(op, "temperature", temperature)
-    if softcap is not None:
-        _check.check_positive(op, "softcap", softcap)
+    transform = _check.check_transform(op, logit_scale, softcap, temperature)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     shape = targets.shape
@@ -65,8 +63,5 @@ def logprobs(
         logits, targets = logits[None], targets[None]
     elif logits.dim() > 3:
         logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
-    cap = 0.0 if softcap is None else float(softcap)
-    values, *_ = logits_logprobs(
-        logits, targets, float(logit_scale), cap, float(temperature), ignore_index, inplace_backward
-    )
+    values, *_ = logits_logprobs(logits, targets, *transform, ignore_index, inplace_backward)
     return values.view(shape)

@@ -65,3 +65,13 @@ def check_positive(op: str, argument: str, value: float) -> None:
     """A positive finite number."""
     if not (value > 0 and value < float("inf")):
         raise fail(op, argument, "a positive finite number", repr(value), "")
+
+
+def check_transform(
+    op: str, logit_scale: float, softcap: float | None, temperature: float
+) -> tuple[float, float, float]:
+    """What turns logits into z, as the ops take it: scale, soft-cap (0 for none), temperature."""
+    check_positive(op, "temperature", temperature)
+    if softcap is not None:
+        check_positive(op, "softcap", softcap)
+    return float(logit_scale), 0.0 if softcap is None else float(softcap), float(temperature)
