@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command and under 8 minutes: build for the GPU at hand (no
-# network), the whole test suite, compute-sanitizer on small shapes, and the benchmarks against every
+# network), the tests that use it, compute-sanitizer on small shapes, and the benchmarks against every
 # peer that is installed.
 #
 #   benchmarks/gpu.sh OUT_DIR
@@ -45,7 +45,9 @@ echo "$name, compute capability $arch"
 export FASTPO_CUDA=ON FASTPO_CUDA_ARCHS=$arch PIP_BREAK_SYSTEM_PACKAGES=1
 stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
 stage info 60 "$python" -m fastpo.info
-stage tests 180 "$python" -m pytest -q --maxfail=20 tests
+# What runs on the GPU: the kernels' cases there, and the trainers, which take it by themselves.
+stage kernels 150 "$python" -m pytest -q --maxfail=20 -k cuda tests
+stage trainers 100 "$python" -m pytest -q --maxfail=5 tests/trainers tests/integrations
 
 if command -v compute-sanitizer >/dev/null; then
   # Products and copies by other libraries take most of the time; only this project's kernels are raced.
@@ -61,6 +63,7 @@ bench=("$python" benchmarks/run.py --device cuda --json "$results")
 bench_case() { stage "$1 ${*:3}" "$2" "${bench[@]}" "$1" "${@:3}"; }
 bench_case accuracy 40
 bench_case segments 30
+bench_case divergence 40 --n 4096 --h 2048 --v 128256 --dtype bfloat16
 bench_case logprobs 40 --n 1024 --h 1024 --v 32768 --dtype bfloat16 float32
 for preset in A C D B; do
   bench_case logprobs 60 --preset "$preset" --dtype bfloat16 --ignored 0 --repeats 7

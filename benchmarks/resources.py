@@ -27,7 +27,8 @@ def find_cuobjdump() -> str:
 
 def demangle(name: str) -> str:
     text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    return re.search(r"(\w+_kernel(?:<.*?>)?)\(", text).group(1)
+    name = re.search(r"(\w+_kernel(?:<.*?>)?)\(", text).group(1)
+    return re.sub(r"fastpo::(\w+)<.*ScalarMath<\w+> ?>", r"\1", name).replace(" >", ">")
 
 
 def accesses(object_file: Path, arch: str) -> dict[str, tuple[int, int]]:
@@ -73,7 +74,8 @@ def main() -> None:
         f"nvcc {re.search(r'release ([0-9.]+)', release).group(1)}, read from the compiler's report"
     )
     print("and the disassembly, not run. Template arguments: input and output type, then whether")
-    print("there is neither bias nor soft-cap, and whether other statistics are kept.\n")
+    print("there is neither bias nor soft-cap, and whether other statistics are kept or which form")
+    print("the divergence has (core/divergence.h).\n")
     print("| kernel | registers | shared B | stack B | spill st/ld | 16 B loads | 16 B stores |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

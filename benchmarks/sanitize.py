@@ -13,6 +13,7 @@ import sys
 import torch
 
 import fastpo
+from fastpo.tiles import Tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -109,13 +110,32 @@ def nll(device: str) -> None:
         _finite(loss, *torch.autograd.grad(loss, leaves))
 
 
+def divergences(device: str) -> None:
+    """Each form of divergence: plain and capped, both gradients, apart and in place."""
+    kernels = fastpo.backends.kernels(torch.device(device))
+    for dtype, v, kind in itertools.product(_DTYPES, (131, 1025), ("forward_kl", "js", "chi2")):
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        for softcap in (0.0, 5.0):
+            pair = [
+                Tile(torch.randn(7, v, device=device).to(dtype), None, softcap=softcap)
+                for _ in range(2)
+            ]
+            rows_Rn = torch.empty(6, 7, dtype=acc, device=device)
+            values_n = torch.empty(7, dtype=acc, device=device)
+            kernels.divergence(*pair, rows_Rn, values_n, kind=kind, alpha=0.5)
+            apart = [torch.empty_like(tile.logits_nv) for tile in pair]
+            for outputs in (apart, [tile.logits_nv for tile in pair]):
+                kernels.divergence_grad(*pair, rows_Rn, values_n, *outputs, kind=kind, alpha=0.5)
+                _finite(values_n, *outputs)
+
+
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     reason = fastpo.backends.why_not(device, device)
     if reason:
         raise SystemExit(reason)
     torch.manual_seed(0)
-    for check in (token_stats, saved_logits, lora, no_tokens, segments, logits, nll):
+    for check in (token_stats, saved_logits, lora, no_tokens, segments, logits, nll, divergences):
         check(device)
         if device == "cuda":
             torch.cuda.synchronize()

@@ -71,6 +71,27 @@ void run(const char* op, const Launch& launch) {
     DType(dtype), at(values), at(reference), at(weights), at<const uint8_t>(mask), values_stride, \
         reference_stride, weights_stride, mask_stride, at<const int64_t>(offsets), B, T           \
   }
+// Two tiles of the same rows and columns.
+#define PAIR_PARAMETERS                                                                           \
+  int dtype, int64_t n, int64_t v, Address policy_logits, int64_t policy_row_stride,              \
+      Address policy_bias, double policy_scale, double policy_softcap, double policy_temperature, \
+      Address ref_logits, int64_t ref_row_stride, Address ref_bias, double ref_scale,             \
+      double ref_softcap, double ref_temperature, int kind, double alpha, Address rows,           \
+      int64_t rows_stride
+#define PAIR_ARGUMENTS                                                                       \
+  py::arg("dtype"), py::arg("n"), py::arg("v"), py::arg("policy_logits"),                    \
+      py::arg("policy_row_stride"), py::arg("policy_bias"), py::arg("policy_scale"),         \
+      py::arg("policy_softcap"), py::arg("policy_temperature"), py::arg("ref_logits"),       \
+      py::arg("ref_row_stride"), py::arg("ref_bias"), py::arg("ref_scale"),                  \
+      py::arg("ref_softcap"), py::arg("ref_temperature"), py::arg("kind"), py::arg("alpha"), \
+      py::arg("rows"), py::arg("rows_stride")
+#define PAIR_TILE(side)                                                                       \
+  Tile {                                                                                      \
+    at(side##_logits), DType(dtype), side##_row_stride, n, v, 0, nullptr, 0, at(side##_bias), \
+        side##_scale, side##_softcap, side##_temperature                                      \
+  }
+#define PAIR \
+  TilePair { PAIR_TILE(policy), PAIR_TILE(ref), DivergenceKind(kind), alpha, at(rows), rows_stride }
 #define LAUNCH_PARAMETERS Address stream, int threads
 #define LAUNCH_ARGUMENTS py::arg("stream"), py::arg("threads")
 
@@ -196,6 +217,29 @@ PYBIND11_MODULE(FASTPO_MODULE, m) {
       },
       py::kw_only(), SEGMENT_ARGUMENTS, py::arg("grad_sums"), py::arg("grad_values"),
       py::arg("grad_reference"), py::arg("grad_weights"), LAUNCH_ARGUMENTS);
+
+  m.def(
+      "divergence",
+      [](PAIR_PARAMETERS, Address divergences, LAUNCH_PARAMETERS) {
+        run("divergence",
+            [&] { return FASTPO_BACKEND::divergence(PAIR, at(divergences), at(stream), threads); });
+      },
+      py::kw_only(), PAIR_ARGUMENTS, py::arg("divergences"), LAUNCH_ARGUMENTS);
+
+  m.def(
+      "divergence_grad",
+      [](PAIR_PARAMETERS, Address grads, Address grad_policy, int grad_policy_dtype,
+         int64_t grad_policy_stride, Address grad_ref, int grad_ref_dtype, int64_t grad_ref_stride,
+         LAUNCH_PARAMETERS) {
+        const TileOut policy{at(grad_policy), DType(grad_policy_dtype), grad_policy_stride};
+        const TileOut ref{at(grad_ref), DType(grad_ref_dtype), grad_ref_stride};
+        run("divergence_grad", [&] {
+          return FASTPO_BACKEND::divergence_grad(PAIR, at(grads), policy, ref, at(stream), threads);
+        });
+      },
+      py::kw_only(), PAIR_ARGUMENTS, py::arg("grads"), py::arg("grad_policy"),
+      py::arg("grad_policy_dtype"), py::arg("grad_policy_stride"), py::arg("grad_ref"),
+      py::arg("grad_ref_dtype"), py::arg("grad_ref_stride"), LAUNCH_ARGUMENTS);
 
 #ifdef FASTPO_SIM
   m.def("set_thread_order", &sim::set_thread_order, py::arg("order"),

@@ -120,6 +120,38 @@ struct Segments {
   int64_t B, T;                                                          // T is unused with offsets
 };
 
+// A divergence D of a policy p from a reference q, as sum_v q_v f(r_v) with r_v = p_v / q_v, f
+// convex and f(1) = f'(1) = 0: no term is negative, so D keeps its digits where p and q nearly
+// agree.
+enum class DivergenceKind : int {
+  kForwardKl = 0,  // f = r - 1 - log r                            KL(q || p)
+  kReverseKl = 1,  // f = r log r - r + 1                          KL(p || q)
+  kJs = 2,         // w KL(p || m) + (1 - w) KL(q || m),  m = w p + (1 - w) q,  w = alpha
+  kChi2 = 3,       // f = (r - 1)^2                                Pearson's chi-squared
+  kAlpha = 4,      // f = (r^a - 1 - a (r - 1)) / (a (a - 1)),  a = alpha, neither 0 nor 1
+};
+
+// What `divergence` leaves for `divergence_grad`, one row per quantity; acc [kDivergenceRows, n].
+// log p_v = (z_v - kPolicyMax) - kPolicyLogSum, likewise for q.
+enum DivergenceRow : int {
+  kPolicyMax = 0,     // max_v z_v of the policy
+  kPolicyLogSum = 1,  // log sum_v exp(z_v - kPolicyMax)
+  kRefMax = 2,
+  kRefLogSum = 3,
+  kPolicyMean = 4,  // sum_v p_v f'(r_v)
+  kRefMean = 5,     // sum_v q_v (f(r_v) - r_v f'(r_v))
+  kDivergenceRows = 6,
+};
+
+// Two tiles of the same rows and columns; their targets and ignore_index are not used.
+struct TilePair {
+  Tile policy, ref;  // of one dtype
+  DivergenceKind kind;
+  double alpha;
+  void* rows;           // acc [kDivergenceRows, n], row r starts at rows + r * rows_stride
+  int64_t rows_stride;  // >= n
+};
+
 namespace FASTPO_BACKEND {
 
 // Fold a tile into the running state.
@@ -179,6 +211,21 @@ int segment_sums(const Segments& segments, void* sums, int64_t* counts, void* st
 //   grad_weights_t = (values_t - reference_t) g_b   (acc)
 int segment_sums_backward(const Segments& segments, const void* grad_sums, void* grad_values,
                           void* grad_reference, void* grad_weights, void* stream, int threads);
+
+// The divergence of each row and what its gradient needs, from tiles that span the whole
+// vocabulary; divergences acc [n], pair.rows is written. A logit of +inf gives NaN in its row.
+// Terms are max(0, q_v f(r_v)); one with p_v = q_v = 0 is 0.
+int divergence(const TilePair& pair, void* divergences, void* stream, int threads);
+
+// Gradients of sum_i grads_i D_i with respect to the raw logits of any columns, from pair.rows and
+// the upstream gradients grads, acc [n]:
+//   dz_v = g p_v (f'(r_v) - kPolicyMean)                    of the policy
+//   dz_v = g q_v (f(r_v) - r_v f'(r_v) - kRefMean)          of the reference
+//   dlogit_v = dz_v * cap'_v * scale / temperature
+// Either output may be null (data == nullptr), and either may be the logits it belongs to (in
+// place); two outputs are of one dtype. A zero g gives zeros whatever the logits hold.
+int divergence_grad(const TilePair& pair, const void* grads, const TileOut& grad_policy,
+                    const TileOut& grad_ref, void* stream, int threads);
 
 // Text of an error code of this backend.
 const char* error_string(int code);

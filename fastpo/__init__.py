@@ -5,7 +5,8 @@ pairs, G group size, T positions, H hidden, V vocabulary, K choices, E flattened
 are natural logarithms.
 """
 
-from fastpo import backends, losses
+from fastpo import backends, losses, metrics, weights
+from fastpo.divergence import divergence, linear_divergence
 from fastpo.linear import LoRA, TokenStats, linear_logprobs, linear_token_stats
 from fastpo.logits import logprobs
 from fastpo.nll import linear_nll
@@ -22,13 +23,17 @@ __all__ = [
     "LoRA",
     "TokenStats",
     "backends",
+    "divergence",
+    "linear_divergence",
     "linear_logprobs",
     "linear_nll",
     "linear_token_stats",
     "logprobs",
     "losses",
+    "metrics",
     "sequence_counts",
     "sequence_log_ratios",
     "sequence_means",
     "sequence_sums",
+    "weights",
 ]

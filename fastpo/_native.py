@@ -10,6 +10,7 @@ import torch
 from fastpo.tiles import RowState, Tile
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DIVERGENCE_KINDS = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "chi2": 3, "alpha": 4}
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -67,6 +68,30 @@ def _segments(values, reference, weights, mask, offsets) -> dict[str, Any]:
         "B": values.shape[0] if rows else offsets.shape[0] - 1,
         "T": values.shape[1] if rows else 0,
     }
+
+
+def _pair(
+    policy: Tile, ref: Tile, rows_Rn: torch.Tensor, kind: str, alpha: float
+) -> dict[str, Any]:
+    arguments = {
+        "dtype": _DTYPES[policy.logits_nv.dtype],
+        "n": policy.logits_nv.shape[0],
+        "v": policy.logits_nv.shape[1],
+        "kind": _DIVERGENCE_KINDS[kind],
+        "alpha": alpha,
+        "rows": rows_Rn.data_ptr(),
+        "rows_stride": rows_Rn.stride(0),
+    }
+    for side, tile in (("policy", policy), ("ref", ref)):
+        arguments |= {
+            f"{side}_logits": tile.logits_nv.data_ptr(),
+            f"{side}_row_stride": tile.logits_nv.stride(0),
+            f"{side}_bias": _pointer(tile.bias_v),
+            f"{side}_scale": tile.scale,
+            f"{side}_softcap": tile.softcap,
+            f"{side}_temperature": tile.temperature,
+        }
+    return arguments
 
 
 class NativeKernels:
@@ -225,3 +250,38 @@ class NativeKernels:
             "grad_weights": _pointer(grad_weights),
         }
         self._call("segment_sums_backward", values, arguments)
+
+    def divergence(
+        self,
+        policy: Tile,
+        ref: Tile,
+        rows_Rn: torch.Tensor,
+        divergences_n: torch.Tensor,
+        *,
+        kind: str,
+        alpha: float,
+    ) -> None:
+        arguments = _pair(policy, ref, rows_Rn, kind, alpha)
+        arguments |= {"divergences": divergences_n.data_ptr()}
+        self._call("divergence", policy.logits_nv, arguments)
+
+    def divergence_grad(
+        self,
+        policy: Tile,
+        ref: Tile,
+        rows_Rn: torch.Tensor,
+        grads_n: torch.Tensor,
+        grad_policy_nv: torch.Tensor | None,
+        grad_ref_nv: torch.Tensor | None,
+        *,
+        kind: str,
+        alpha: float,
+    ) -> None:
+        arguments = _pair(policy, ref, rows_Rn, kind, alpha) | {"grads": grads_n.data_ptr()}
+        for name, out_nv in (("grad_policy", grad_policy_nv), ("grad_ref", grad_ref_nv)):
+            arguments |= {
+                name: _pointer(out_nv),
+                f"{name}_dtype": 0 if out_nv is None else _DTYPES[out_nv.dtype],
+                f"{name}_stride": 0 if out_nv is None else out_nv.stride(0),
+            }
+        self._call("divergence_grad", policy.logits_nv, arguments)

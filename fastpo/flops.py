@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import fastpo.ops.linear_divergence
 import fastpo.ops.linear_nll
-import fastpo.ops.linear_stats  # noqa: F401  both define the ops named below
+import fastpo.ops.linear_stats  # noqa: F401  they define the ops named below
 
 
 def _active(targets: torch.Tensor, ignore_index: int) -> int:
@@ -58,3 +59,34 @@ def _nll_flops(hidden, weight, targets, bias, factors, *rest, out_val=None) -> i
     if not isinstance(targets, torch._subclasses.FakeTensor):
         rows = int((factors != 0).sum())
     return 2 * rows * weight.numel() * (1 + rest[-3] + rest[-2])
+
+
+@register_flop_formula(torch.ops.fastpo.linear_divergence, get_raw=True)
+def _divergence_flops(*arguments, out_val=None) -> int:
+    """What ``FlopCounterMode`` reports: both models' products over the unmasked rows."""
+    hidden, weight, _, lora_a, _, _, ref_weight, _, mask = arguments[:9]
+    unit_grad, ref_unit_grad = arguments[-2]
+    rows = hidden.shape[0]
+    if mask is not None and not isinstance(mask, torch._subclasses.FakeTensor):
+        rows = int(mask.sum())
+    r = 0 if lora_a is None else lora_a.shape[0]
+    products = weight.numel() * (1 + unit_grad) + ref_weight.numel() * (1 + ref_unit_grad)
+    return 2 * rows * (products + r * sum(weight.shape))
+
+
+@register_flop_formula(torch.ops.fastpo.linear_divergence_backward, get_raw=True)
+def _divergence_backward_flops(*arguments, out_val=None) -> int:
+    """As above; rows without an upstream gradient enter none."""
+    hidden, weight, _, lora_a, _, _, ref_weight, _, mask = arguments[:9]
+    saved_logits, grads, needs = arguments[-3:]
+    rows = hidden.shape[0]
+    if not isinstance(grads, torch._subclasses.FakeTensor):
+        moved = grads != 0
+        rows = int((moved if mask is None else moved & mask).sum())
+    recomputed = saved_logits.shape[0] == 0
+    (V, H), r = weight.shape, 0 if lora_a is None else lora_a.shape[0]
+    needs_hidden, needs_weight, _, needs_a, needs_b, *ref_needs = needs
+    products = V * H * (recomputed + needs_hidden + needs_weight)
+    products += ref_weight.numel() * (recomputed + ref_needs[0] + ref_needs[1])
+    lora = H + V * (recomputed + (needs_a or needs_hidden) + needs_b)
+    return 2 * rows * (products + r * (lora + H * (needs_a + needs_hidden)))

@@ -80,26 +80,25 @@ def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
 
 
-def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
-    """Check the tensors of a public function, cast them as autocast would, flatten them."""
+def head_tensors(op, hidden, weight, bias, lora, prefix="") -> tuple:
+    """Check one model's tensors and cast them as autocast would: Inputs without the targets."""
     device_type = hidden.device.type
     hidden, weight, bias = (_cast(t, device_type) for t in (hidden, weight, bias))
-    _check.check_float(op, "hidden", hidden)
+    both = f"{prefix}hidden, {prefix}weight"
+    _check.check_float(op, f"{prefix}hidden", hidden)
     if hidden.dim() < 2 or weight.dim() != 2 or weight.shape[0] == 0:
         got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
         expected = "hidden [..., H] and weight [V, H] with V > 0"
-        raise _check.fail(op, "hidden, weight", expected, got, "")
+        raise _check.fail(op, both, expected, got, "")
     if hidden.shape[-1] != weight.shape[1]:
         got = f"{hidden.shape[-1]} in hidden and {weight.shape[1]} in weight"
         remedy = "The weight is [V, H], as in nn.Linear; do not transpose it."
-        raise _check.fail(op, "hidden, weight", "one hidden size H", got, remedy)
-    _check.check_same_dtype(op, "hidden, weight", hidden, weight)
-    why = "hidden without its last dimension"
-    _check.check_shape(op, "targets", targets, tuple(hidden.shape[:-1]), why)
-    _check.check_targets(op, targets, weight.shape[0], ignore_index)
+        raise _check.fail(op, both, "one hidden size H", got, remedy)
+    _check.check_same_dtype(op, both, hidden, weight)
     if bias is not None:
-        _check.check_float(op, "bias", bias)
-        _check.check_shape(op, "bias", bias, (weight.shape[0],), "the vocabulary of weight")
+        _check.check_float(op, f"{prefix}bias", bias)
+        why = "the vocabulary of weight"
+        _check.check_shape(op, f"{prefix}bias", bias, (weight.shape[0],), why)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
     if lora is not None:
         a, b = _cast(a, device_type), _cast(b, device_type)
@@ -109,19 +108,31 @@ def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
             expected = f"[r, {weight.shape[1]}]"
             raise _check.fail(op, "lora.a", expected, str(tuple(a.shape)), "Pass lora_A.weight.")
         _check.check_shape(op, "lora.b", b, (weight.shape[0], a.shape[0]), "[V, r]")
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b, scaling
+
+
+def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
+    """Check the tensors of a public function, cast them as autocast would, flatten them."""
+    hidden_NH, weight, bias, a, b, scaling = head_tensors(op, hidden, weight, bias, lora)
+    why = "hidden without its last dimension"
+    _check.check_shape(op, "targets", targets, tuple(hidden.shape[:-1]), why)
+    _check.check_targets(op, targets, weight.shape[0], ignore_index)
     _check.check_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, lora=a)
-    return Inputs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, a, b, scaling
-    )
+    return Inputs(hidden_NH, weight, targets.reshape(-1), bias, a, b, scaling)
+
+
+def workspace(op, hidden, workspace_bytes) -> int:
+    """The byte budget, checked; its default by the device."""
+    if workspace_bytes is None:
+        workspace_bytes = _WORKSPACE_BYTES.get(hidden.device.type, 512 << 20)
+    _check.check_positive(op, "workspace_bytes", workspace_bytes)
+    return int(workspace_bytes)
 
 
 def scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes):
     """The op's scalar arguments, checked; ``softcap`` None becomes 0."""
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
-    if workspace_bytes is None:
-        workspace_bytes = _WORKSPACE_BYTES.get(hidden.device.type, 512 << 20)
-    _check.check_positive(op, "workspace_bytes", workspace_bytes)
-    return *transform, ignore_index, int(workspace_bytes)
+    return *transform, ignore_index, workspace(op, hidden, workspace_bytes)
 
 
 def linear_token_stats(

@@ -100,7 +100,7 @@ class Head:
         self.acc = accumulation_dtype(hidden.dtype)
         self.compute = product_dtype(hidden.dtype, hidden.device)
         self.vocab = weight.shape[0]
-        self._weight_VH, self._lora_b_Vr, self._lora_scale = weight, lora_b, lora_scale
+        self._weight_VH, self._lora_b_Vr, self.lora_scale = weight, lora_b, lora_scale
         self.lora_a_rH = None if lora_a is None else lora_a.to(self.compute)
         self._bias_V = None if bias is None else bias.to(self.acc)
         self.transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
@@ -111,7 +111,7 @@ class Head:
 
     def lora_b(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``start .. stop`` of B times the LoRA's scaling."""
-        return (self._lora_b_Vr[start:stop] * self._lora_scale).to(self.compute)
+        return (self._lora_b_Vr[start:stop] * self.lora_scale).to(self.compute)
 
     def lora_hidden(self, hidden_nH: torch.Tensor) -> torch.Tensor | None:
         """``hidden @ A^T``, the LoRA branch before B."""
@@ -124,9 +124,13 @@ class Head:
     def logits(self, hidden_nH, lora_nr, weight_vH, start, out_nv) -> torch.Tensor:
         """Raw logits of the slice that begins at ``start``, without the bias, into ``out``."""
         multiply(hidden_nH, weight_vH.t(), out_nv, add=False)
-        if lora_nr is not None:
-            multiply(lora_nr, self.lora_b(start, start + weight_vH.shape[0]).t(), out_nv, add=True)
+        self.add_lora(lora_nr, start, out_nv)
         return out_nv
+
+    def add_lora(self, lora_nr, start, out_nv) -> None:
+        """The LoRA's share of the slice that begins at ``start``, if there is one."""
+        if lora_nr is not None:
+            multiply(lora_nr, self.lora_b(start, start + out_nv.shape[1]).t(), out_nv, add=True)
 
     def tile(self, logits_nv, targets_n, start: int, ignore_index: int) -> Tile:
         """The record the kernels take."""
@@ -143,6 +147,11 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return accumulation_dtype(dtype) if device.type == "cpu" else dtype
 
 
+def columns_at_once(device: torch.device) -> int:
+    """Columns of a slice of the weight."""
+    return _COLUMNS[device.type]
+
+
 def logit_bytes(dtype: torch.dtype, device: torch.device) -> int:
     """Bytes one logit of a tile takes, with what is made of it in the type of the product."""
     acc, product = accumulation_dtype(dtype), product_dtype(dtype, device)
@@ -150,10 +159,9 @@ def logit_bytes(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def tile_shape(
-    count: int, vocab: int, workspace_bytes: int, dtype: torch.dtype, device: torch.device
+    count: int, vocab: int, workspace_bytes: int, element_bytes: int, device: torch.device
 ) -> tuple[int, int, int]:
     """Rows, columns and bytes of one tile with its product, for ``count`` rows of hidden states."""
-    element_bytes = logit_bytes(dtype, device)
     rows = max(min(count, _ROWS[device.type]), 1)
     columns = max(min(workspace_bytes // (rows * element_bytes), _COLUMNS[device.type]), _ALIGN)
     columns = min(columns - columns % _ALIGN, vocab)
@@ -166,7 +174,8 @@ def columns_to_save(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -
     Fewer than a tile has are not worth holding memory for.
     """
     N, (dtype, device) = hidden_NH.shape[0], (hidden_NH.dtype, hidden_NH.device)
-    _, columns, tile_bytes = tile_shape(N, vocab, workspace_bytes, dtype, device)
+    element_bytes = logit_bytes(dtype, device)
+    _, columns, tile_bytes = tile_shape(N, vocab, workspace_bytes, element_bytes, device)
     left = (workspace_bytes - tile_bytes) // max(N * accumulation_dtype(dtype).itemsize, 1)
     if left >= vocab:
         return vocab
@@ -177,8 +186,9 @@ class Workspace:
     """Buffers for one tile: the logits, and their weights or gradients in the type to multiply."""
 
     def __init__(self, head: Head, count: int, workspace_bytes: int, device: torch.device) -> None:
+        element_bytes = logit_bytes(head.dtype, device)
         self.rows, self.columns, _ = tile_shape(
-            count, head.vocab, workspace_bytes, head.dtype, device
+            count, head.vocab, workspace_bytes, element_bytes, device
         )
         size = self.rows * self.columns
         self._logits = torch.empty(size, dtype=head.acc, device=device)
@@ -263,20 +273,99 @@ def slices(vocab: int, step: int, saved_columns: int) -> Iterator[tuple[int, int
     yield from spans(saved_columns, vocab, step)
 
 
+class Gradients:
+    """Gradients by hidden, weight, bias, LoRA A and B, summed from the logits' tile by tile.
+
+    Tiles come in slices of the vocabulary, each in blocks of the kept rows, both in order. Results
+    that are not needed are empty.
+    """
+
+    def __init__(self, head: Head, inputs, needs, rows: Rows, block_rows: int, columns: int):
+        self.hidden, H = inputs[0], inputs[0].shape[1]
+        self.results = tuple(
+            torch.zeros_like(t, memory_format=torch.contiguous_format)
+            if need
+            else self.hidden.new_empty(0)
+            for t, need in zip(inputs, needs, strict=True)
+        )
+        self.head, self.rows = head, rows
+        self.needs_hidden, self.needs_weight, self.needs_bias, self.needs_a, self.needs_b = needs
+        rank = 0 if head.lora_a_rH is None else head.lora_a_rH.shape[0]
+        self.needs_lora = self.needs_a or (self.needs_hidden and rank > 0)
+        self.dhidden_nH = self._buffer(self.needs_hidden, rows.count, H)
+        self.dlora_nr = self._buffer(self.needs_lora, rows.count, rank)
+        self.lora_Nr = None
+        if rank:
+            self.lora_Nr = self.hidden.new_empty((rows.count, rank), dtype=head.compute)
+            for first, last in spans(0, rows.count, block_rows):
+                self.lora_Nr[first:last] = head.lora_hidden(self._take_hidden(first, last))
+        # Summed over the rows in fp32 and rounded once, slice by slice: no [V, H] buffer.
+        self.dweight_vH = self._buffer(self.needs_weight, columns, H)
+        self.dbias_v = self._buffer(self.needs_bias, columns)
+        self.dlora_b_vr = self._buffer(self.needs_b, columns, rank)
+
+    def _buffer(self, wanted: bool, *shape: int) -> torch.Tensor | None:
+        return self.hidden.new_zeros(shape, dtype=self.head.acc) if wanted else None
+
+    def _take_hidden(self, first: int, last: int) -> torch.Tensor:
+        return self.rows.take(self.hidden, first, last).to(self.head.compute)
+
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states of kept rows ``first .. last``, and their LoRA branch."""
+        lora_nr = None if self.lora_Nr is None else self.lora_Nr[first:last]
+        return self._take_hidden(first, last), lora_nr
+
+    def add(self, dlogits_nv, hidden_nH, lora_nr, weight_vH, start: int, first: int) -> None:
+        """Add the tile whose first column is ``start`` and whose first kept row is ``first``."""
+        n, v = dlogits_nv.shape
+        block = slice(first, first + n)
+        if self.needs_hidden:
+            multiply(dlogits_nv, weight_vH, self.dhidden_nH[block], add=start > 0)
+        if self.needs_weight:
+            multiply(dlogits_nv.t(), hidden_nH, self.dweight_vH[:v], add=first > 0)
+        if self.needs_bias:
+            sum_v = dlogits_nv.sum(0, dtype=self.head.acc)
+            self.dbias_v[:v] = self.dbias_v[:v] + sum_v if first else sum_v
+        if self.needs_lora:
+            lora_b_vr = self.head.lora_b(start, start + v)
+            multiply(dlogits_nv, lora_b_vr, self.dlora_nr[block], add=start > 0)
+        if self.needs_b:
+            multiply(dlogits_nv.t(), lora_nr, self.dlora_b_vr[:v], add=first > 0)
+
+    def end_slice(self, start: int, stop: int) -> None:
+        """Every row of the slice has been added."""
+        _, dW_VH, db_V, _, dB_Vr = self.results
+        if self.needs_weight:
+            dW_VH[start:stop] = self.dweight_vH[: stop - start]
+        if self.needs_bias:
+            db_V[start:stop] = self.dbias_v[: stop - start]
+        if self.needs_b:
+            dB_Vr[start:stop] = self.dlora_b_vr[: stop - start] * self.head.lora_scale
+
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """The results, every slice having been added."""
+        dX_NH, _, _, dA_rH, _ = self.results
+        if self.needs_lora:
+            dlora_nr = self.dlora_nr.to(self.head.compute)
+            if self.needs_hidden:
+                multiply(dlora_nr, self.head.lora_a_rH, self.dhidden_nH, add=True)
+            if self.needs_a:
+                da_rH = self._buffer(True, *dA_rH.shape)
+                hidden_nH = self._take_hidden(0, self.rows.count)
+                multiply(dlora_nr.t(), hidden_nH, da_rH, add=False)
+                dA_rH.copy_(da_rH)
+        if self.needs_hidden:
+            self.rows.scatter(self.dhidden_nH, dX_NH, 0, self.rows.count)
+        return self.results
+
+
 def backward(
     hidden, weight, targets, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature,
     ignore_index, workspace_bytes, logprobs, lse, lse_low, entropy, saved_logits, grad_logprobs,
     grad_lse, grad_entropy, needs,
 ):  # fmt: skip
     """Gradients by hidden, weight, bias, LoRA A and B; those not in ``needs`` are empty."""
-    (N, H), device = hidden.shape, hidden.device
-    inputs = (hidden, weight, bias, lora_a, lora_b)
-    results = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    ]
-    dX_NH, dW_VH, db_V, dA_rH, dB_Vr = results
-    needs_hidden, needs_weight, needs_bias, needs_a, needs_b = needs
+    N, device = hidden.shape[0], hidden.device
     head = Head(hidden, weight, bias, lora_a, lora_b, lora_scale, scale, softcap, temperature)
     kernels = backends.kernels(device)
     saved_columns = saved_logits.shape[1]
@@ -290,38 +379,21 @@ def backward(
     saved_rows = Rows(None, N)  # saved logits hold the active rows only, in their order
     if saved_columns and rows.index is not None:
         saved_rows = Rows((active_N.cumsum(0) - 1).index_select(0, rows.index), N)
-    if rows.count == 0:
-        return tuple(results)
     workspace = Workspace(head, rows.count, workspace_bytes, device)
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    gradients = Gradients(head, inputs, needs, rows, workspace.rows, workspace.columns)
+    if rows.count == 0:
+        return gradients.results
     targets_n, logprobs_n = rows.take_all(targets), rows.take_all(logprobs)
     lse_n, lse_low_n = rows.take_all(lse), rows.take_all(lse_low)
     entropy_n = rows.take_all(entropy) if grad_entropy is not None else None
     grads = [rows.take_all(g) for g in (grad_logprobs, grad_lse, grad_entropy)]
 
-    def buffer(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return torch.zeros(shape, dtype=head.acc, device=device) if wanted else None
-
-    rank = 0 if lora_a is None else lora_a.shape[0]
-    needs_lora = needs_a or (needs_hidden and rank > 0)
-    dhidden_nH = buffer(needs_hidden, rows.count, H)
-    dlora_nr = buffer(needs_lora, rows.count, rank)
-    lora_Nr = None
-    if rank:
-        lora_Nr = torch.empty((rows.count, rank), dtype=head.compute, device=device)
-        for first, last in spans(0, rows.count, workspace.rows):
-            hidden_nH = rows.take(hidden, first, last).to(head.compute)
-            lora_Nr[first:last] = head.lora_hidden(hidden_nH)
-    # Summed over the rows in fp32 and rounded once, slice by slice: no [V, H] buffer.
-    dweight_vH = buffer(needs_weight, workspace.columns, H)
-    dbias_v = buffer(needs_bias, workspace.columns)
-    dlora_b_vr = buffer(needs_b, workspace.columns, rank)
-
     for start, stop in slices(head.vocab, workspace.columns, saved_columns):
         weight_vH, v = head.weight(start, stop), stop - start
         for first, last in spans(0, rows.count, workspace.rows):
             n, block = last - first, slice(first, last)
-            hidden_nH = rows.take(hidden, first, last).to(head.compute)
-            lora_nr = None if lora_Nr is None else lora_Nr[block]
+            hidden_nH, lora_nr = gradients.take(first, last)
             if stop <= saved_columns:
                 logits_nv = saved_rows.take(saved_logits[:, start:stop], first, last)
             else:
@@ -339,31 +411,6 @@ def backward(
                 grad_lse=None if grads[1] is None else grads[1][block],
                 grad_entropy=None if grads[2] is None else grads[2][block],
             )
-            if needs_hidden:
-                multiply(dlogits_nv, weight_vH, dhidden_nH[block], add=start > 0)
-            if needs_weight:
-                multiply(dlogits_nv.t(), hidden_nH, dweight_vH[:v], add=first > 0)
-            if needs_bias:
-                sum_v = dlogits_nv.sum(0, dtype=head.acc)
-                dbias_v[:v] = dbias_v[:v] + sum_v if first else sum_v
-            if needs_lora:
-                multiply(dlogits_nv, head.lora_b(start, stop), dlora_nr[block], add=start > 0)
-            if needs_b:
-                multiply(dlogits_nv.t(), lora_nr, dlora_b_vr[:v], add=first > 0)
-        if needs_weight:
-            dW_VH[start:stop] = dweight_vH[:v]
-        if needs_bias:
-            db_V[start:stop] = dbias_v[:v]
-        if needs_b:
-            dB_Vr[start:stop] = dlora_b_vr[:v] * lora_scale
-    if needs_lora:
-        dlora_nr = dlora_nr.to(head.compute)
-        if needs_hidden:
-            multiply(dlora_nr, head.lora_a_rH, dhidden_nH, add=True)
-        if needs_a:
-            da_rH = buffer(True, rank, H)
-            multiply(dlora_nr.t(), rows.take_all(hidden).to(head.compute), da_rH, add=False)
-            dA_rH.copy_(da_rH)
-    if needs_hidden:
-        rows.scatter(dhidden_nH, dX_NH, 0, rows.count)
-    return tuple(results)
+            gradients.add(dlogits_nv, hidden_nH, lora_nr, weight_vH, start, first)
+        gradients.end_slice(start, stop)
+    return gradients.finish()

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fastpo
+from fastpo.ops.linear_divergence import linear_divergence, linear_divergence_backward
 from fastpo.ops.linear_nll import linear_nll
 from fastpo.ops.linear_stats import linear_stats, linear_stats_backward
+from fastpo.ops.logits_divergence import logits_divergence, logits_divergence_backward
 from fastpo.ops.logits_logprobs import logits_grad, logits_grad_, logits_logprobs
 from fastpo.ops.scale_rows import scale_rows
 
@@ -52,6 +54,37 @@ def test_other_ops_opcheck():
     torch.library.opcheck(logits_grad_, (logits.detach(), *rows, *numbers))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_divergence_opcheck(trained, save_logits, masked):
+    hidden, weight, targets = sample(trained)
+    models = [hidden, weight, torch.randn(40, requires_grad=trained), None, None]
+    if trained:
+        models[3:] = [torch.randn(3, 5, requires_grad=True), torch.randn(40, 3, requires_grad=True)]
+    models += [torch.randn(6, 4), torch.randn(40, 4), torch.randn(40)]
+    mask = targets != -100 if masked else None
+    numbers = (0.5, 1.2, 3.0, 0.9, "js", 0.5, 4096)
+    plan = ([not trained, False], save_logits and trained)
+    torch.library.opcheck(linear_divergence, (*models, mask, *numbers, *plan))
+    needs = [t is not None and t.requires_grad for t in models]
+    models = [None if t is None else t.detach() for t in models]
+    _, rows, *_, saved_logits = linear_divergence(*models, mask, *numbers, *plan)
+    rest = (rows, saved_logits, torch.randn(6), needs)
+    torch.library.opcheck(linear_divergence_backward, (*models, mask, *numbers, *rest))
+
+
+def test_logits_divergence_opcheck():
+    logits, ref_logits = (torch.randn(2, 3, 9, requires_grad=True) for _ in range(2))
+    rest = (torch.rand(2, 3) < 0.5, 1.0, 0.0, 1.0, "alpha", 0.5)
+    torch.library.opcheck(logits_divergence, (logits, ref_logits, *rest))
+    inputs = (logits.detach(), ref_logits.detach(), *rest)
+    _, rows = logits_divergence(*inputs)
+    for needs in ([True, False], [True, True]):
+        given = (*inputs, rows, torch.randn(2, 3), needs)
+        torch.library.opcheck(logits_divergence_backward, given)
+
+
 def functions():
     def logprobs(hidden, weight, targets):
         return fastpo.linear_logprobs(hidden, weight, targets, softcap=3.0).sum()
@@ -66,7 +99,14 @@ def functions():
     def logits(hidden, weight, targets):
         return fastpo.logprobs(hidden @ weight.t(), targets, inplace_backward=True).sum()
 
-    return logprobs, stats, nll, logits
+    def divergence(hidden, weight, targets):
+        ref_hidden, mask = hidden.detach() + 1, targets != -100
+        return fastpo.linear_divergence(hidden, weight, ref_hidden, kind="js", mask=mask).sum()
+
+    def logits_divergence(hidden, weight, targets):
+        return fastpo.divergence(hidden @ weight.t(), weight[: len(hidden)] @ weight.t()).sum()
+
+    return logprobs, stats, nll, logits, divergence, logits_divergence
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -109,6 +149,20 @@ def test_dynamic_shapes():
     for N in (3, 8, 17):
         arguments = sample(False, N=N)
         assert torch.allclose(function(*arguments), fastpo.linear_logprobs(*arguments))
+
+
+def test_dynamic_shapes_of_a_divergence():
+    function = torch.compile(
+        lambda h, w, t: fastpo.linear_divergence(h, w, 2 * h, mask=t != -100), fullgraph=True,
+        backend="aot_eager", dynamic=True,
+    )  # fmt: skip
+    for N in (3, 8, 17):
+        hidden, weight, targets = sample(True, N=N)
+        values = function(hidden, weight, targets)
+        expected = fastpo.linear_divergence(hidden, weight, 2 * hidden, mask=targets != -100)
+        assert torch.allclose(values, expected)
+        grads = [torch.autograd.grad(x.sum(), (hidden, weight)) for x in (values, expected)]
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*grads, strict=True))
 
 
 def test_export():

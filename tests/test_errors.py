@@ -75,3 +75,75 @@ def test_logprobs():
         fastpo.logprobs(torch.randn(2, 8), torch.tensor([7, 8]))
     with pytest.raises(ValueError, match="V > 0"):
         fastpo.logprobs(torch.randn(2, 0), torch.arange(2))
+
+
+def divergence(**changes):
+    arguments = {"hidden": torch.randn(2, 3, 8), "weight": torch.randn(20, 8)}
+    arguments |= {"ref_hidden": torch.randn(2, 3, 6), "ref_weight": torch.randn(20, 6)}
+    return fastpo.linear_divergence(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "kl"}, ["kind", "'forward_kl', 'reverse_kl'", "got 'kl'"]),
+        ({"alpha": 0.5}, ["alpha", "None with kind='forward_kl'", "got 0.5", "'js' and 'alpha'"]),
+        ({"kind": "js", "alpha": 1.0}, ["alpha", r"\(0, 1\)", "got 1.0", "'forward_kl'"]),
+        ({"kind": "js", "alpha": float("nan")}, ["alpha", "got nan"]),
+        ({"kind": "alpha"}, ["alpha", "finite number", "got None", "0 is kind='forward_kl'"]),
+        ({"kind": "alpha", "alpha": 1}, ["got 1", "1 is kind='reverse_kl'"]),
+        ({"kind": "alpha", "alpha": float("inf")}, ["finite number", "got inf"]),
+        (
+            {"ref_weight": torch.randn(32, 6)},
+            ["vocabulary", "20 rows", "32 in", r"ref_weight\[:V\]"],
+        ),
+        ({"ref_weight": torch.randn(20, 5)}, ["ref_hidden, ref_weight", "6 in hidden and 5"]),
+        ({"ref_weight": None}, ["ref_hidden, ref_weight", "6 in hidden and 8 in weight"]),
+        ({"ref_hidden": torch.randn(2, 4, 6)}, ["ref_hidden", r"\(2, 4, 6\)", "same tokens"]),
+        ({"ref_hidden": torch.randn(6)}, ["ref_hidden", r"\(6,\)", "same tokens"]),
+        ({"ref_hidden": torch.randn(2, 3, 6).bfloat16()}, ["ref_hidden, ref_weight", "one dtype"]),
+        (
+            {
+                "ref_hidden": torch.randn(2, 3, 6).double(),
+                "ref_weight": torch.randn(20, 6).double(),
+            },
+            ["hidden, ref_hidden", "float64 on both sides", "Cast the reference"],
+        ),
+        (
+            {
+                "ref_hidden": torch.randn(2, 3, 6).bfloat16(),
+                "ref_weight": torch.randn(20, 6).bfloat16().requires_grad_(),
+                "weight": torch.randn(20, 8, requires_grad=True),
+            },
+            ["hidden, ref_hidden", "one dtype where both", "bfloat16", "detach the reference"],
+        ),
+        ({"ref_bias": torch.randn(19)}, ["ref_bias", r"\(20,\)", r"\(19,\)"]),
+        (
+            {"ref_weight": None, "ref_hidden": torch.randn(2, 3, 8), "ref_bias": torch.randn(20)},
+            ["ref_bias", "None without a ref_weight", r"weight\.detach"],
+        ),
+        ({"mask": torch.ones(2, 3)}, ["mask", "bool", "float32", r"mask\.bool"]),
+        ({"mask": torch.ones(3, 2, dtype=torch.bool)}, ["mask", r"\(2, 3\)", r"got \(3, 2\)"]),
+        ({"temperature": 0.0}, ["temperature", "positive"]),
+        ({"workspace_bytes": 0}, ["workspace_bytes", "positive"]),
+        ({"hidden": torch.randn(2, 3, 9)}, ["one hidden size", "9 in hidden and 8 in weight"]),
+        ({"ref_weight": torch.randn(20, 6, device="meta")}, ["one device", "ref_weight on meta"]),
+    ],
+)
+def test_linear_divergence(changes, words):
+    with pytest.raises(ValueError, match=r"fastpo\.linear_divergence") as raised:
+        divergence(**changes)
+    for word in words:
+        raised.match(word)
+
+
+def test_divergence():
+    logits = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"fastpo\.divergence: ref_logits.*\(3, 8\).*\(3, 9\)"):
+        fastpo.divergence(logits, torch.randn(3, 9))
+    with pytest.raises(ValueError, match=r"one dtype, got torch.float32 and torch.bfloat16"):
+        fastpo.divergence(logits, logits.bfloat16())
+    with pytest.raises(ValueError, match=r"mask.*bool.*float32"):
+        fastpo.divergence(logits, logits, mask=torch.ones(3))
+    with pytest.raises(ValueError, match="V > 0"):
+        fastpo.divergence(logits[:, :0], logits[:, :0])

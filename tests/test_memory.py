@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -16,9 +15,8 @@ def read(field):
 
 def step(n, weight):
     hidden = torch.randn(n, H, requires_grad=True)
-    targets = torch.randint(len(weight), (n,))
-    logprobs = fastpo.linear_logprobs(hidden, weight, targets, workspace_bytes=workspace_bytes)
-    return logprobs, hidden
+    {values}
+    return values, hidden
 
 weight = torch.zeros(V, H).normal_(std=H**-0.5).requires_grad_(trained)
 warm, _ = step(64, weight[:256])  # threads, code and the BLAS's own buffers
@@ -27,15 +25,25 @@ weight.grad = None
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # forget the peak so far
 before = read("VmRSS")
-logprobs, hidden = step(N, weight)
-logprobs.sum().backward()
+values, hidden = step(N, weight)
+values.sum().backward()
 print(read("VmHWM") - before)
 """
 
 
-def peak_extra_mib(N, H, V, trained, workspace_bytes=None):
-    program = textwrap.dedent(PROGRAM).format(
-        N=N, H=H, V=V, trained=trained, workspace_bytes=workspace_bytes
+LOGPROBS = """
+    targets = torch.randint(len(weight), (n,))
+    values = fastpo.linear_logprobs(hidden, weight, targets, workspace_bytes=workspace_bytes)
+"""
+DIVERGENCE = """
+    ref_hidden = torch.randn(n, H)
+    values = fastpo.linear_divergence(hidden, weight, ref_hidden, workspace_bytes=workspace_bytes)
+"""
+
+
+def peak_extra_mib(N, H, V, trained, workspace_bytes=None, values=LOGPROBS):
+    program = PROGRAM.format(
+        N=N, H=H, V=V, trained=trained, workspace_bytes=workspace_bytes, values=values
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -81,3 +89,29 @@ def test_trained_head_holds_its_gradient_and_the_workspace(workspace_mib):
     extra = peak_extra_mib(512, H, V, trained=True, workspace_bytes=workspace_mib << 20)
     # A slice of the gradient in float32, hidden and its gradient, and an allowance
     assert extra < gradient_mib + workspace_mib + 16
+
+
+def test_divergence_holds_no_logits():
+    """N=1024 H=512 V=32768 fp32: two logits are 256 MiB, and their log-softmax as much again."""
+    workspace = 16 << 20
+    extra = peak_extra_mib(1024, 512, 32768, False, workspace, DIVERGENCE)
+    # Both hidden states, the gradient and the unit gradient are 2 MiB each
+    assert extra < 16 + 8 + 16
+
+
+def test_divergence_does_not_grow_with_the_vocabulary():
+    small = peak_extra_mib(512, 256, 8192, False, 8 << 20, DIVERGENCE)
+    large = peak_extra_mib(512, 256, 8 * 8192, False, 8 << 20, DIVERGENCE)
+    logits_mib = 2 * 512 * 7 * 8192 * 4 / 2**20
+    assert large - small < 0.05 * logits_mib
+
+
+@pytest.mark.parametrize("workspace_mib", [4, 40])
+def test_divergence_with_a_trained_head(workspace_mib):
+    """Both logits would be 128 MiB, and a second gradient another 64."""
+    H, V = 512, 32768
+    gradient_mib = H * V * 4 / 2**20
+    extra = peak_extra_mib(512, H, V, True, workspace_mib << 20, DIVERGENCE)
+    # A slice of the gradient in float32, the hidden states and a gradient, what the BLAS
+    # keeps for two threads, and an allowance
+    assert extra < gradient_mib + workspace_mib + 32

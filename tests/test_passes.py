@@ -145,3 +145,69 @@ def test_nll(passes, trained, dtype, workspace_bytes, expected):
         fastpo.linear_nll(*arguments, workspace_bytes=workspace_bytes).backward()
 
     assert passes(step) == expected
+
+
+def divergence(wanted, *, workspace_bytes=1, upstream=None, shared=False, **options):
+    """Forward and, if anything is wanted, backward; heads and hidden states of one size."""
+    sizes = {"hidden": (N, H), "weight": (V, H), "ref_hidden": (N, H), "ref_weight": (V, H)}
+    if shared:
+        del sizes["ref_weight"]
+    tensors = {k: torch.randn(size, requires_grad=k in wanted) for k, size in sizes.items()}
+    values = fastpo.linear_divergence(**tensors, workspace_bytes=workspace_bytes, **options)
+    if wanted:
+        values.backward(torch.ones(N) if upstream is None else upstream)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [0, N // 4])
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ((), 2),
+        (("hidden",), 3),
+        (("ref_hidden",), 3),
+        (("hidden", "ref_hidden"), 4),
+        (("weight",), 5),
+        (("hidden", "weight"), 6),
+        (("hidden", "weight", "ref_hidden", "ref_weight"), 8),
+    ],
+)
+def test_divergence(passes, wanted, expected, masked, shared):
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[:masked] = False
+    if shared and "ref_weight" in wanted:
+        wanted, expected = wanted[:-1], expected - 1
+    count = passes(lambda: divergence(wanted, mask=mask, shared=shared))
+    assert count == expected * (1 - masked / N)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [(("hidden", "weight"), 4), (("hidden", "weight", "ref_hidden", "ref_weight"), 6)],
+)
+def test_divergence_with_the_logits_kept(passes, monkeypatch, wanted, expected):
+    monkeypatch.setattr(plans, "_COLUMNS", {"cpu": 128})
+    enough = 2 * (4 * N * V + TILE)
+    assert passes(lambda: divergence(wanted, workspace_bytes=enough)) == expected
+    assert passes(lambda: divergence(wanted, workspace_bytes=enough - 1)) == expected + 2
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(("hidden",), 3), (("hidden", "weight"), 3)])
+def test_divergence_rows_without_an_upstream_gradient(passes, wanted, expected):
+    """With frozen heads the gradient is there before it is known which rows are asked for."""
+    upstream = torch.zeros(N)
+    upstream[: N // 4] = 1.0
+    assert passes(lambda: divergence(wanted, upstream=upstream)) == expected
+
+
+def test_divergence_with_a_lora(passes):
+    """Five passes; of the rank's, through B and through A: 2 forward, 2 again and 4 backward."""
+    r = 4
+    through_b, through_a = 4 * 2 * N * V * r, 4 * 2 * N * H * r
+
+    def step():
+        a = torch.randn(r, H, requires_grad=True)
+        b = torch.randn(V, r, requires_grad=True)
+        divergence(("hidden",), lora=fastpo.LoRA(a, b), shared=True)
+
+    assert passes(step) * PASS == 5 * PASS + through_b + through_a

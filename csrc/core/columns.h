@@ -37,6 +37,18 @@ struct Lanes {
     }
   }
 
+  // f(value reference, that of other, column) for every lane.
+  template <typename F>
+  FASTPO_DEVICE void for_each_with(Lanes& other, C columns, F f) {
+#pragma unroll
+    for (int pack = 0; pack < C::kPacks; ++pack) {
+#pragma unroll
+      for (int item = 0; item < C::kItems; ++item) {
+        f(x[pack][item], other.x[pack][item], columns.at(pack) + item);
+      }
+    }
+  }
+
   // x = f(x, other) lane by lane.
   template <typename F>
   FASTPO_DEVICE void combine(const Lanes& other, F f) {

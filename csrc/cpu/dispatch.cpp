@@ -12,6 +12,8 @@ namespace fastpo::cpu {
                    const StatsOut&, int);                                                          \
   int finish_weights(const UnitGrad&, const RowState&, int);                                       \
   int scale_rows(DType, const void*, int64_t, const void*, void*, int64_t, int64_t, int64_t, int); \
+  int divergence(const TilePair&, void*, int);                                                     \
+  int divergence_grad(const TilePair&, const void*, const TileOut&, const TileOut&, int);          \
   }
 DECLARE(baseline)
 
@@ -71,8 +73,24 @@ int scale_rows(DType dtype, const void* input, int64_t input_stride, const void*
   FORWARD(scale_rows(dtype, input, input_stride, factors, out, out_stride, n, hidden, threads));
 }
 
+int divergence(const TilePair& pair, void* divergences, void*, int threads) {
+  FORWARD(divergence(pair, divergences, threads));
+}
+
+int divergence_grad(const TilePair& pair, const void* grads, const TileOut& grad_policy,
+                    const TileOut& grad_ref, void*, int threads) {
+  FORWARD(divergence_grad(pair, grads, grad_policy, grad_ref, threads));
+}
+
 const char* error_string(int code) {
-  return code == kBadDType ? "unsupported combination of dtypes" : "unknown error";
+  switch (code) {
+    case kBadDType:
+      return "unsupported combination of dtypes";
+    case kBadKind:
+      return "unknown kind of divergence";
+    default:
+      return "unknown error";
+  }
 }
 
 }  // namespace fastpo::cpu

@@ -74,6 +74,7 @@ inline T from_float(Acc<T> x) {
 }
 
 constexpr int kBadDType = 1;
+constexpr int kBadKind = 2;
 
 // body(T{}) for the type behind `dtype`; kBadDType when there is none.
 template <typename Body>

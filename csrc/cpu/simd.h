@@ -54,6 +54,16 @@ inline A sum_lanes(Vec<A> x) {
   return result;
 }
 
+// The sum of its halves, in double.
+inline Vec<double> folded(Vec<float> x) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof(x));
+  return __builtin_convertvector(halves[0], Vec<double>) +
+         __builtin_convertvector(halves[1], Vec<double>);
+}
+inline Vec<double> folded(Vec<double> x) { return x; }
+
 template <typename T>
 inline Vec<Acc<T>> load(const T* from) {
   using A = Acc<T>;
@@ -130,6 +140,43 @@ inline Vec<float> exp(Vec<float> x) {
 
 inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// Natural logarithm of a normal positive number, to 1 ulp: exact near 1.
+inline Vec<float> log(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  constexpr int32_t kRootHalf = 0x3f3504f3;
+  Int bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits -= kRootHalf;
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+  const Vec<float> e = __builtin_convertvector(bits >> 23, Vec<float>);
+  const Int mantissa = (bits & 0x007fffff) + kRootHalf;
+  Vec<float> m;
+  std::memcpy(&m, &mantissa, sizeof(m));
+  const Vec<float> r = m - 1.0f, square = r * r;
+  Vec<float> p = broadcast(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  p = p * r * square - e * 2.12194440e-4f - 0.5f * square;
+  return r + p + e * 0.693359375f;
+}
+
+// log(1 + x) for x above -1; what rounding takes from 1 + x is given back.
+inline Vec<float> log1p(Vec<float> x) {
+  const Vec<float> above = 1.0f + x;
+  return log(above) + (x - (above - 1.0f)) / above;
+}
+
+inline Vec<double> log1p(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log1p(x[i]);
   return x;
 }
 

@@ -6,6 +6,7 @@ A backend is an object with these names; this package is the backend called ``re
 from fastpo.reference.chunk_grad import chunk_grad
 from fastpo.reference.chunk_stats import chunk_stats
 from fastpo.reference.chunk_weights import chunk_weights
+from fastpo.reference.divergence import divergence, divergence_grad
 from fastpo.reference.finish_stats import finish_stats
 from fastpo.reference.finish_weights import finish_weights
 from fastpo.reference.scale_rows import scale_rows
@@ -15,6 +16,8 @@ __all__ = [
     "chunk_grad",
     "chunk_stats",
     "chunk_weights",
+    "divergence",
+    "divergence_grad",
     "finish_stats",
     "finish_weights",
     "scale_rows",

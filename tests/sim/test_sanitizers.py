@@ -17,6 +17,8 @@ import fastpo._sim_asan
 backends._load = lambda name: (NativeKernels(fastpo._sim_asan, name), "")
 backends._override = "sim"
 import fastpo
+from fastpo.tiles import Tile, accumulation_dtype
+kernels = backends.kernels(torch.device("cpu"))
 """
 
 EVERY_KERNEL = """
@@ -41,6 +43,17 @@ for order in (0, 1, 2):
             logits = torch.randn(2, V + 1, dtype=dtype)[:, 1:].requires_grad_()
             out = fastpo.logprobs(logits, torch.zeros(2, dtype=torch.int64))
             out.sum().backward()
+            acc = accumulation_dtype(dtype)
+            pair = [
+                Tile(torch.randn(2, V + 1, dtype=dtype)[:, 1:], None, 0,
+                     torch.randn(V, dtype=acc) if V > 7 else None)
+                for _ in range(2)
+            ]
+            rows, divergences = torch.empty(6, 2, dtype=acc), torch.empty(2, dtype=acc)
+            for kind in ("forward_kl", "js", "chi2"):
+                kernels.divergence(*pair, rows, divergences, kind=kind, alpha=0.5)
+                grads = [torch.empty(2, V, dtype=dtype) for _ in pair]
+                kernels.divergence_grad(*pair, rows, divergences, *grads, kind=kind, alpha=0.5)
         for T in (0, 1, 33, 200):
             values = torch.randn(2, T + 1, dtype=dtype)[:, :T].requires_grad_()
             mask = torch.rand(2, T) < 0.7
@@ -55,7 +68,7 @@ print("clean")
 
 
 BEYOND_THE_ROW = """
-from fastpo.tiles import RowState, Tile
+from fastpo.tiles import RowState
 logits = torch.randn(1, 64)
 state = RowState.start(1, torch.float32, logits.device, 0)
 tile = Tile(logits, torch.tensor([3]))

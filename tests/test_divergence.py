@@ -1,0 +1,483 @@
+"""``linear_divergence`` and ``divergence``: values and gradients of every kind and plan."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close_to_truth
+
+import fastpo
+from fastpo import plans
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+KINDS = [
+    ("forward_kl", None), ("reverse_kl", None), ("js", None), ("js", 0.2), ("chi2", None),
+    ("alpha", 0.5), ("alpha", -0.7),
+]  # fmt: skip
+TRANSFORMS = [{}, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0}]
+POLICY = ("hidden", "weight", "bias")
+REF = ("ref_hidden", "ref_weight", "ref_bias")
+# What gets a gradient; a plan each, for the policy alone and for both.
+WANTED = {
+    "frozen": ("hidden",),
+    "frozen-both": ("hidden", "ref_hidden"),
+    "trained": POLICY,
+    "both": POLICY + REF,
+    "ref-bias": ("ref_bias",),
+}
+FROZEN_AND_TRAINED = pytest.mark.parametrize("wanted", [WANTED["frozen"], WANTED["both"]], ids=len)
+
+
+def problem(dtype, device, shape=(3, 11), H=19, R=13, V=157):
+    """Inputs in ``dtype`` and a mask of four fifths.
+
+    Logits of standard deviation 0.8: of larger ones a single term would be all of chi-squared, and
+    its rounding, in fastpo or in plain torch, a matter of luck.
+    """
+    made = {
+        "hidden": torch.randn(*shape, H),
+        "weight": torch.randn(V, H) * 0.7 * H**-0.5,
+        "bias": torch.randn(V) / 3,
+        "ref_hidden": torch.randn(*shape, R),
+        "ref_weight": torch.randn(V, R) * 0.7 * R**-0.5,
+        "ref_bias": torch.randn(V) / 3,
+    }
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask.view(-1)[::5] = False
+    return {k: v.to(dtype).to(device) for k, v in made.items()}, mask.to(device)
+
+
+def of_logits(z, ref_z, kind, alpha, mask=None):
+    """The divergence by plain torch, as its formula stands, in the logits' own type."""
+    log_p, log_q = z.log_softmax(-1), ref_z.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        terms = q * (log_q - log_p)
+    elif kind == "reverse_kl":
+        terms = p * (log_p - log_q)
+    elif kind == "js":
+        w = 0.5 if alpha is None else alpha
+        log_m = (w * p + (1 - w) * q).log()
+        terms = w * p * (log_p - log_m) + (1 - w) * q * (log_q - log_m)
+    elif kind == "chi2":
+        terms = (p - q) ** 2 / q
+    else:
+        power = (alpha * log_p + (1 - alpha) * log_q).exp()
+        terms = (power - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
+    values = terms.sum(-1)
+    return values if mask is None else torch.where(mask, values, 0.0)
+
+
+def transformed(z, temperature=1.0, logit_scale=1.0, softcap=None):
+    z = z * logit_scale
+    return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+
+
+def plain(hidden, weight, ref_hidden, ref_weight=None, bias=None, ref_bias=None, *, kind,
+          alpha=None, mask=None, lora=None, **transform):  # fmt: skip
+    if ref_weight is None:
+        ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
+    z = F.linear(hidden, weight, bias)
+    if lora is not None:
+        z = z + F.linear(F.linear(hidden, lora.a), lora.b) * lora.scaling
+    logits = (z, F.linear(ref_hidden, ref_weight, ref_bias))
+    return of_logits(*(transformed(x, **transform) for x in logits), kind, alpha, mask)
+
+
+def leaves(tensors, dtype, wanted):
+    return {k: v.detach().to(dtype).requires_grad_(k in wanted) for k, v in tensors.items()}
+
+
+def run(function, tensors, upstream, dtype, wanted, lora=None, tied=False, **options):
+    """Values and gradients of ``function`` on copies of ``tensors`` in ``dtype``."""
+    inputs = leaves(tensors, dtype, wanted)
+    call = dict(inputs)
+    if lora is not None:
+        inputs |= leaves({"a": lora.a, "b": lora.b}, dtype, wanted)
+        options["lora"] = fastpo.LoRA(inputs["a"], inputs["b"], lora.scaling)
+    if tied:
+        call["ref_weight"] = call["weight"]
+    values = function(**call, **options)
+    (values.double() * upstream).sum().backward()
+    return values, {k: inputs[k].grad for k in wanted if k in inputs}
+
+
+def check(tensors, dtype, wanted, mask=None, workspace_bytes=None, **options):
+    """fastpo against float64, with plain torch in ``dtype`` as the yardstick."""
+    options = {"kind": "forward_kl", "mask": mask} | options
+    shape = tensors["hidden"].shape[:-1]
+    upstream = torch.randn(shape, device=tensors["hidden"].device).double()
+    truth, truth_grads = run(plain, tensors, upstream, torch.float64, wanted, **options)
+    base, base_grads = run(plain, tensors, upstream, dtype, wanted, **options)
+    out, grads = run(
+        fastpo.linear_divergence, tensors, upstream, dtype, wanted,
+        workspace_bytes=workspace_bytes, **options,
+    )  # fmt: skip
+    assert out.dtype == plans.accumulation_dtype(dtype)
+    assert_close_to_truth(out, truth, base, what="divergence")
+    assert not (out < 0).any()
+    for name, grad in grads.items():
+        assert grad.dtype == dtype
+        assert_close_to_truth(grad, truth_grads[name], base_grads[name], what=f"d {name}")
+    if mask is not None:
+        assert (out[~mask] == 0).all()
+        for name in ("hidden", "ref_hidden"):
+            assert name not in grads or (grads[name][~mask] == 0).all()
+    return out, grads
+
+
+@pytest.mark.parametrize(("kind", "alpha"), KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kind(backend, dtype, kind, alpha):
+    tensors, mask = problem(dtype, backend.device, (1, 6) if backend.is_sim else (3, 11))
+    for wanted in (WANTED["frozen-both"], WANTED["both"]):
+        check(tensors, dtype, wanted, mask, 40_000, kind=kind, alpha=alpha)
+
+
+@pytest.mark.parametrize("options", TRANSFORMS, ids=["plain", "capped"])
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_plan(device, dtype, wanted, options):
+    tensors, mask = problem(dtype, device)
+    for workspace_bytes in (1, None):
+        check(tensors, dtype, wanted, mask, workspace_bytes, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_one_head_for_both(device, dtype, wanted):
+    """Given by nothing, by an alias, and by the weight itself, whose gradients then add."""
+    tensors, mask = problem(dtype, device, R=19)
+    shared = {k: v for k, v in tensors.items() if k not in ("ref_weight", "ref_bias")}
+    for workspace_bytes in (1, None):
+        options = {"mask": mask, "workspace_bytes": workspace_bytes}
+        if set(wanted) & set(shared):
+            out, _ = check(shared, dtype, wanted, **options)
+            alias, bias = tensors["weight"].detach(), tensors["bias"]
+            other = fastpo.linear_divergence(**shared, ref_weight=alias, ref_bias=bias, **options)
+            assert torch.equal(out, other)
+        check(tensors, dtype, [k for k in wanted if k != "ref_weight"], tied=True, **options)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wanted", [("a", "b"), ("hidden", "a", "b"), ("hidden",), (*POLICY, "a")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lora_on_the_head(device, dtype, wanted, shared):
+    tensors, mask = problem(dtype, device, R=19)
+    if shared:
+        del tensors["ref_weight"], tensors["ref_bias"]
+    a, b = torch.randn(4, 19) / 4, torch.randn(157, 4) / 4
+    lora = fastpo.LoRA(*(t.to(dtype).to(device) for t in (a, b)), 0.5)
+    for workspace_bytes in (1, None):
+        check(tensors, dtype, wanted, mask, workspace_bytes, lora=lora)
+
+
+@pytest.mark.parametrize("absent", ["bias", "ref_bias"])
+def test_a_bias_on_one_side_only(device, absent):
+    tensors, mask = problem(torch.float32, device)
+    del tensors[absent]
+    check(tensors, torch.float32, [k for k in POLICY + REF if k != absent], mask)
+
+
+def test_without_a_gradient(device):
+    tensors, mask = problem(torch.float32, device)
+    with torch.no_grad():
+        out = fastpo.linear_divergence(**leaves(tensors, torch.float32, POLICY), mask=mask)
+    assert not out.requires_grad
+    assert torch.equal(out, fastpo.linear_divergence(**tensors, mask=mask))
+
+
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize("workspace_bytes", [1, 50_000, 130_000, 1 << 20])
+def test_results_do_not_depend_on_the_workspace(device, monkeypatch, wanted, workspace_bytes):
+    monkeypatch.setattr(plans, "_COLUMNS", {device.type: 128})
+    monkeypatch.setattr(plans, "_ROWS", {device.type: 16})
+    tensors, mask = problem(torch.float32, device, (3, 25), V=300)
+    check(tensors, torch.float32, wanted, mask, workspace_bytes)
+    check(tensors, torch.float32, wanted, None, workspace_bytes)
+
+
+@FROZEN_AND_TRAINED
+def test_results_do_not_depend_on_packing(device, wanted):
+    """The tokens that count, alone or among masked ones: the same bits."""
+    tensors, mask = problem(torch.float32, device, (3, 25))
+    packed = {k: v[mask] if "hidden" in k else v for k, v in tensors.items()}
+    upstream = torch.randn(mask.shape, device=device)
+    options = {"dtype": torch.float32, "wanted": wanted, "kind": "js", "workspace_bytes": 1}
+    out, grads = run(fastpo.linear_divergence, tensors, upstream, mask=mask, **options)
+    other, others = run(fastpo.linear_divergence, packed, upstream[mask], **options)
+    assert torch.equal(out[mask], other)
+    for name, grad in grads.items():
+        assert torch.equal(grad[mask] if "hidden" in name else grad, others[name])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@FROZEN_AND_TRAINED
+def test_rows_that_get_no_gradient(device, wanted, masked):
+    """Zeros upstream, among rows whose logits were kept or not."""
+    tensors, mask = problem(torch.float32, device)
+    upstream = torch.zeros(mask.shape, device=device)
+    upstream[1, ::2] = torch.arange(6.0, device=device)
+    options = {"kind": "reverse_kl", "mask": mask if masked else None}
+    _, truth = run(plain, tensors, upstream, torch.float64, wanted, **options)
+    _, base = run(plain, tensors, upstream, torch.float32, wanted, **options)
+    for workspace_bytes in (1, None):
+        _, grads = run(
+            fastpo.linear_divergence, tensors, upstream, torch.float32, wanted,
+            workspace_bytes=workspace_bytes, **options,
+        )  # fmt: skip
+        for name, grad in grads.items():
+            assert_close_to_truth(grad, truth[name], base[name], what=name)
+
+
+@FROZEN_AND_TRAINED
+@pytest.mark.parametrize("kept", [0, 1])
+def test_none_or_one_token_that_counts(backend, wanted, kept):
+    tensors, mask = problem(torch.float32, backend.device, (1, 6))
+    mask[:] = False
+    mask[0, :kept] = True
+    for workspace_bytes in (1, None):
+        _, grads = check(tensors, torch.float32, wanted, mask, workspace_bytes)
+        assert kept or all((g == 0).all() for g in grads.values())
+
+
+@FROZEN_AND_TRAINED
+def test_no_tokens(backend, wanted):
+    tensors, mask = problem(torch.float32, backend.device, (0, 3))
+    inputs = leaves(tensors, torch.float32, wanted)
+    out = fastpo.linear_divergence(**inputs, mask=mask)
+    out.sum().backward()
+    assert out.shape == (0, 3)
+    assert all((inputs[k].grad == 0).all() for k in wanted)
+
+
+@FROZEN_AND_TRAINED
+def test_masked_tokens_are_never_read(device, wanted):
+    tensors, mask = problem(torch.float32, device)
+    upstream = torch.randn(mask.shape, device=device)
+    results = []
+    for value in (0.0, torch.nan):
+        for name in ("hidden", "ref_hidden"):
+            tensors[name][~mask] = value
+        options = {"kind": "chi2", "mask": mask}
+        results.append(
+            run(fastpo.linear_divergence, tensors, upstream, torch.float32, wanted, **options)
+        )
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(g, results[1][1][name]) for name, g in results[0][1].items())
+
+
+@FROZEN_AND_TRAINED
+def test_all_rows_enter_when_none_can_be_dropped(backend, monkeypatch, wanted):
+    """As while a CUDA graph is captured, when the host may not wait for a count."""
+    monkeypatch.setattr(plans, "kept", lambda keep: None)
+    tensors, mask = problem(torch.float32, backend.device, (1, 6))
+    for workspace_bytes in (1, None):
+        check(tensors, torch.float32, wanted, mask, workspace_bytes)
+
+
+@pytest.mark.parametrize("V", [1, 7, 50257])
+@FROZEN_AND_TRAINED
+def test_vocabularies(device, V, wanted):
+    tensors, _ = problem(torch.float32, device, (1, 6), V=V)
+    check(tensors, torch.float32, wanted)
+
+
+@FROZEN_AND_TRAINED
+def test_two_runs_are_bitwise_equal(device, wanted):
+    tensors, mask = problem(torch.float32, device, (4, 100), V=1000)
+    upstream = torch.randn(mask.shape, device=device)
+    arguments = (fastpo.linear_divergence, tensors, upstream, torch.float32, wanted)
+    (one, grads), (two, others) = (run(*arguments, mask=mask) for _ in range(2))
+    assert torch.equal(one, two)
+    assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
+
+
+def test_non_contiguous_inputs(device):
+    tensors, mask = problem(torch.float32, device)
+    plainly = fastpo.linear_divergence(**tensors, mask=mask)
+    for name in ("hidden", "ref_hidden", "weight", "ref_weight"):
+        tensors[name] = tensors[name].transpose(0, -1).contiguous().transpose(0, -1)
+    mask = mask.t().contiguous().t()
+    assert torch.allclose(fastpo.linear_divergence(**tensors, mask=mask), plainly, atol=1e-6)
+    wide = torch.zeros(*mask.shape, 38, device=device)
+    wide[..., ::2] = tensors["hidden"]
+    tensors["hidden"] = wide[..., ::2].requires_grad_()
+    out = fastpo.linear_divergence(**tensors, mask=mask)
+    out.sum().backward()
+    assert torch.allclose(out, plainly, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [k for k in KINDS if k[0] != "chi2"], ids=str)
+def test_models_that_nearly_agree_keep_their_digits(device, kind, alpha):
+    """The plain formulas, chi-squared's apart, lose them to terms that cancel."""
+    tensors, _ = problem(torch.float32, device, (200,), R=19, V=1000)
+    noise = 1e-3 * torch.randn(tensors["hidden"].shape, device=device)
+    tensors = {"hidden": tensors["hidden"], "weight": tensors["weight"]}
+    tensors["ref_hidden"] = tensors["hidden"] + noise
+    truth = plain(**leaves(tensors, torch.float64, ()), kind=kind, alpha=alpha)
+    base = plain(**tensors, kind=kind, alpha=alpha)
+    out = fastpo.linear_divergence(**tensors, kind=kind, alpha=alpha)
+    error, base_error = ((x.double() - truth).square().mean().sqrt() for x in (out, base))
+    assert error < base_error / 10
+    tensors["ref_hidden"] = tensors["hidden"]
+    assert (fastpo.linear_divergence(**tensors, kind=kind, alpha=alpha) == 0).all()
+
+
+def test_what_the_kinds_are(device):
+    """The identities that the docstring names."""
+    tensors, _ = problem(torch.float64, device)
+
+    def value(kind, alpha=None):
+        return fastpo.linear_divergence(**tensors, kind=kind, alpha=alpha)
+
+    logits = (F.linear(*(tensors[n] for n in names)) for names in (POLICY, REF))
+    p, q = (z.softmax(-1) for z in logits)
+    assert torch.allclose(value("forward_kl"), F.kl_div(p.log(), q, reduction="none").sum(-1))
+    assert torch.allclose(value("reverse_kl"), F.kl_div(q.log(), p, reduction="none").sum(-1))
+    assert torch.allclose(value("alpha", 0.5), 4 * (1 - (p * q).sqrt().sum(-1)))
+    assert torch.allclose(value("alpha", 2.0), value("chi2") / 2)
+    assert torch.allclose(value("alpha", 1e-6), value("forward_kl"), rtol=1e-4)
+    assert torch.allclose(value("alpha", 1 + 1e-6), value("reverse_kl"), rtol=1e-4)
+    assert torch.equal(value("js"), value("js", 0.5))
+    beta = 0.3  # the generalised JSD of GKD: beta is the reference's weight
+    m = beta * q + (1 - beta) * p
+    gkd = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+    assert torch.allclose(value("js", 1 - beta), gkd)
+
+
+def test_two_types_of_numbers(device):
+    """A bfloat16 policy against a float32 reference: each is multiplied as it is."""
+    tensors, mask = problem(torch.bfloat16, device)
+    mixed = {k: v.float() if k in REF else v for k, v in tensors.items()}
+    inputs = {k: v.detach().requires_grad_(k in POLICY) for k, v in mixed.items()}
+    out = fastpo.linear_divergence(**inputs, mask=mask)
+    out.sum().backward()
+    truth = plain(**{k: v.double() for k, v in tensors.items()}, kind="forward_kl", mask=mask)
+    assert_close_to_truth(out, truth, plain(**tensors, kind="forward_kl", mask=mask))
+    assert all(inputs[k].grad.dtype == torch.bfloat16 for k in POLICY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_casts_as_linear_does(device, dtype, shared):
+    tensors, mask = problem(torch.float32, device, R=19)
+    if shared:
+        del tensors["ref_weight"], tensors["ref_bias"]
+    inputs = leaves(tensors, torch.float32, POLICY)
+    with torch.autocast(device.type, dtype):
+        out = fastpo.linear_divergence(**inputs, mask=mask)
+    cast = {k: v.to(dtype) for k, v in tensors.items()}
+    assert torch.equal(out, fastpo.linear_divergence(**cast, mask=mask))
+    out.sum().backward()
+    assert all(inputs[k].grad.dtype == torch.float32 for k in POLICY)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), KINDS, ids=str)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_gradcheck(kind, alpha, wanted):
+    """In float64 on the CPU kernels."""
+    tensors, _ = problem(torch.float64, torch.device("cpu"), (4,), H=3, R=2, V=9)
+    inputs = leaves(tensors, torch.float64, wanted)
+    mask = torch.tensor([True, False, True, True])
+
+    def function(*given):
+        return fastpo.linear_divergence(
+            **dict(zip(inputs, given, strict=True)), kind=kind, alpha=alpha, mask=mask,
+            softcap=3.0, temperature=0.8,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+@FROZEN_AND_TRAINED
+def test_a_second_backward_gives_the_same_gradient(device, wanted):
+    tensors, mask = problem(torch.float32, device)
+    for workspace_bytes in (1, None):
+        inputs = leaves(tensors, torch.float32, wanted)
+        options = {"mask": mask, "workspace_bytes": workspace_bytes}
+        loss = fastpo.linear_divergence(**inputs, **options).sum()
+        leaf = [inputs[k] for k in wanted]
+        first = torch.autograd.grad(loss, leaf, retain_graph=True)
+        second = torch.autograd.grad(loss, leaf)
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@FROZEN_AND_TRAINED
+def test_a_second_derivative_is_an_error(device, wanted):
+    tensors, _ = problem(torch.float32, device)
+    inputs = leaves(tensors, torch.float32, wanted)
+    loss = fastpo.linear_divergence(**inputs).square().sum()
+    with pytest.raises(RuntimeError, match=r"create_graph=False.*not implemented"):
+        torch.autograd.grad(loss, inputs["hidden"], create_graph=True)
+
+
+def test_nan_in_hidden_reaches_its_own_tokens_only(device):
+    tensors, _ = problem(torch.float32, device)
+    tensors["hidden"][1, 4, 3] = torch.nan
+    inputs = leaves(tensors, torch.float32, ("hidden",))
+    out = fastpo.linear_divergence(**inputs)
+    assert out.isnan().nonzero().tolist() == [[1, 4]]
+    out.sum().backward()
+    assert inputs["hidden"].grad.isnan().any(-1).nonzero().tolist() == [[1, 4]]
+
+
+def of_logits_run(function, logits, upstream, dtype, wanted, **options):
+    """On the slice that a causal model's logits are cut to."""
+    inputs = [x.to(dtype).detach().requires_grad_(i in wanted) for i, x in enumerate(logits)]
+    values = function(*(x[:, :-1] for x in inputs), **options)
+    (values.double() * upstream).sum().backward()
+    return values, [inputs[i].grad for i in wanted]
+
+
+@pytest.mark.parametrize(("kind", "alpha"), KINDS, ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergence_of_logits(device, dtype, wanted, kind, alpha):
+    logits = [torch.randn(2, 4, 57).to(dtype).to(device) for _ in range(2)]
+    mask = torch.tensor([[True, True, False], [False, True, True]], device=device)
+    upstream = torch.randn(2, 3, device=device).double()
+    options = {"kind": kind, "alpha": alpha, "mask": mask}
+
+    def plainly(z, ref_z, *, temperature, softcap, **rest):
+        z, ref_z = (transformed(x, temperature, 1.0, softcap) for x in (z, ref_z))
+        return of_logits(z, ref_z, **rest)
+
+    for transform in ({"temperature": 1.0, "softcap": None}, {"temperature": 0.8, "softcap": 3.0}):
+        rest = (logits, upstream)
+        truth = of_logits_run(plainly, *rest, torch.float64, wanted, **options, **transform)
+        base = of_logits_run(plainly, *rest, dtype, wanted, **options, **transform)
+        out = of_logits_run(fastpo.divergence, *rest, dtype, wanted, **options, **transform)
+        assert_close_to_truth(out[0], truth[0], base[0], what="divergence")
+        assert (out[0][~mask] == 0).all()
+        for grad, wanted_grad, base_grad in zip(out[1], truth[1], base[1], strict=True):
+            assert_close_to_truth(grad, wanted_grad, base_grad, what="d logits")
+            assert (grad[:, -1] == 0).all()
+            assert (grad[:, :-1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7)])
+def test_divergence_of_logits_of_any_leading_shape(device, shape):
+    logits, ref_logits = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+    mask = torch.rand(shape[:-1], device=device) < 0.5
+    out = fastpo.divergence(logits, ref_logits, kind="js", mask=mask)
+    expected = of_logits(logits, ref_logits, "js", 0.5, mask)
+    assert torch.allclose(out, expected, atol=1e-6)
+    found = torch.autograd.grad(out.sum(), (logits, ref_logits))
+    for grad, wanted in zip(
+        found, torch.autograd.grad(expected.sum(), (logits, ref_logits)), strict=True
+    ):
+        assert torch.allclose(grad, wanted, atol=1e-6)
+
+
+def test_divergence_of_logits_by_an_expanded_gradient(device):
+    """The gradient of a plain sum is one number with strides of 0."""
+    logits, ref_logits = (torch.randn(3, 7, device=device, requires_grad=True) for _ in range(2))
+    fastpo.divergence(logits, ref_logits).sum().backward()
+    ones = torch.ones(3, device=device)
+    (grad,) = torch.autograd.grad(fastpo.divergence(logits, ref_logits), logits, ones)
+    assert torch.equal(logits.grad, grad)
+
+
+def test_divergence_of_logits_gradcheck():
+    logits = [torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *z: fastpo.divergence(*z, kind="chi2"), logits)
