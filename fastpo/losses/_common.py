@@ -15,6 +15,9 @@ NllMean = Literal["token_mean", "sequence_mean"]
 REDUCTIONS = ("mean", "sum", "none")
 NLL_MEANS = ("token_mean", "sequence_mean")
 
+# exp of more is held there: finite, and with room for a factor and a sum over a batch.
+LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
+
 
 class LossOutput(NamedTuple):
     """Result of a loss over pairs.
@@ -23,11 +26,13 @@ class LossOutput(NamedTuple):
         loss: 0-d, or [B] with ``reduction="none"``; float32, or float64 for float64 inputs.
         chosen_rewards: [B] implicit rewards of the chosen responses, detached.
         rejected_rewards: [B] implicit rewards of the rejected responses, detached.
+        metrics: what else the loss has to tell, by name, detached; often empty.
     """
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    metrics: dict[str, Tensor]
 
 
 class UnpairedOutput(NamedTuple):
@@ -36,10 +41,12 @@ class UnpairedOutput(NamedTuple):
     Attributes:
         loss: 0-d, or [B] with ``reduction="none"``; float32, or float64 for float64 inputs.
         rewards: [B] implicit rewards, detached.
+        metrics: what else the loss has to tell, by name, detached; often empty.
     """
 
     loss: Tensor
     rewards: Tensor
+    metrics: dict[str, Tensor]
 
 
 def fail(loss: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
@@ -100,6 +107,21 @@ def check_finite(loss: str, argument: str, value: float) -> None:
         raise fail(loss, argument, "a finite number", repr(value), "0 switches it off.")
 
 
+def check_share(loss: str, argument: str, value: float) -> None:
+    """A number in [0, 1]."""
+    if not 0 <= value <= 1:
+        remedy = "It is a share between two terms."
+        raise fail(loss, argument, "a number in [0, 1]", repr(value), remedy)
+
+
+def check_flags(loss: str, argument: str, flags: Tensor, like: Tensor) -> None:
+    """A bool for each value of ``like``."""
+    if flags.dtype != torch.bool or flags.shape != like.shape:
+        got = f"{flags.dtype} {list(flags.shape)}"
+        remedy = "Compare with 0 to get bool, in the order of the other arguments."
+        raise fail(loss, argument, f"torch.bool {list(like.shape)}", got, remedy)
+
+
 def check_label_smoothing(loss: str, value: float) -> None:
     """A share of flipped labels, below one half: from there on the pair says nothing."""
     if not 0 <= value < 0.5:
@@ -113,6 +135,57 @@ def reduce(loss_B: Tensor, reduction: Reduction) -> Tensor:
         return loss_B
     total = loss_B.sum()
     return total if reduction == "sum" else total / max(loss_B.shape[0], 1)
+
+
+def reduce_kept(loss_B: Tensor, kept_B: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce the kept entries of [B]: the others are 0 and do not count in the mean."""
+    loss_B = torch.where(kept_B, loss_B, 0.0)
+    if reduction != "mean":
+        return reduce(loss_B, reduction)
+    return loss_B.sum() / kept_B.sum().clamp(min=1)
+
+
+def pair_output(
+    loss_B: Tensor,
+    chosen_rewards_B: Tensor,
+    rejected_rewards_B: Tensor,
+    reduction: Reduction,
+    **metrics: Tensor,
+) -> LossOutput:
+    """The result of a loss over pairs; all but the loss is detached."""
+    rewards = chosen_rewards_B.detach(), rejected_rewards_B.detach()
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return LossOutput(reduce(loss_B, reduction), *rewards, metrics)
+
+
+def unpaired_output(
+    loss_B: Tensor, rewards_B: Tensor, reduction: Reduction, **metrics: Tensor
+) -> UnpairedOutput:
+    """The result of a loss over responses; all but the loss is detached."""
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return UnpairedOutput(reduce(loss_B, reduction), rewards_B.detach(), metrics)
+
+
+def log_ratios(
+    loss: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """Checks that the losses with a reference share, then policy minus reference of each [B]."""
+    check_positive(loss, "beta", beta)
+    check_choice(loss, "reduction", reduction, REDUCTIONS)
+    policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B = prepare(
+        loss,
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+    )
+    return policy_chosen_B - ref_chosen_B.detach(), policy_rejected_B - ref_rejected_B.detach()
 
 
 def mean_logprobs(sums_B: Tensor, counts_B: Tensor) -> Tensor:
@@ -130,11 +203,11 @@ def smoothed_logistic(margin_B: Tensor, label_smoothing: float) -> Tensor:
     return loss_B + label_smoothing * margin_B if label_smoothing else loss_B
 
 
-def log_odds(mean_B: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(m), m <= 0, finite with a finite gradient up to p = 1.
+def log1mexp(mean_B: Tensor) -> Tensor:
+    """log(1 - p) of p = exp(m), m <= 0, finite with a finite gradient up to p = 1.
 
-    log(1 - p) is taken by the form that keeps its digits on each side of p = 1/2, and with 1 - p
-    held at the machine epsilon or above: at p = 1 the log-odds are 15.9 (float32), not infinite.
+    Taken by the form that keeps its digits on each side of p = 1/2, and with 1 - p held at the
+    machine epsilon or above: at p = 1 it is -15.9 (float32), not infinite.
     """
     guarded_B = mean_B.clamp(max=-torch.finfo(mean_B.dtype).eps)
     half = -math.log(2)
@@ -142,7 +215,12 @@ def log_odds(mean_B: Tensor) -> Tensor:
     # torch.where differentiates both branches: keep this one away from 1 - p = 0, where an exp that
     # rounds up to 1 would make its gradient infinite and the sum NaN.
     near_zero_B = torch.log1p(-torch.exp(guarded_B.clamp(max=half)))
-    return mean_B - torch.where(guarded_B > half, near_one_B, near_zero_B)
+    return torch.where(guarded_B > half, near_one_B, near_zero_B)
+
+
+def log_odds(mean_B: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(m), m <= 0, finite with a finite gradient up to p = 1."""
+    return mean_B - log1mexp(mean_B)
 
 
 def negative_log_likelihood(sums_B: Tensor, counts_B: Tensor, mean: NllMean) -> Tensor:

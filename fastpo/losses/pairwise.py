@@ -14,42 +14,17 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from fastpo.losses._common import (
-    REDUCTIONS,
     LossOutput,
     Reduction,
     check_choice,
     check_label_smoothing,
-    check_positive,
     fail,
+    log_ratios,
     mean_logprobs,
+    pair_output,
     prepare,
-    reduce,
     smoothed_logistic,
 )
-
-
-def _log_ratios(
-    loss: str,
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-) -> tuple[Tensor, Tensor]:
-    policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B = prepare(
-        loss,
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-    )
-    return policy_chosen_B - ref_chosen_B.detach(), policy_rejected_B - ref_rejected_B.detach()
-
-
-def _output(
-    loss_B: Tensor, chosen_B: Tensor, rejected_B: Tensor, beta: float, reduction: Reduction
-) -> LossOutput:
-    loss = reduce(loss_B, reduction)
-    return LossOutput(loss, beta * chosen_B.detach(), beta * rejected_B.detach())
 
 
 def dpo(
@@ -90,14 +65,12 @@ def dpo(
         >>> round(out.loss.item(), 4), round(out.chosen_rewards.item(), 4)
         (0.5334, 0.1)
     """
-    check_positive("dpo", "beta", beta)
     check_label_smoothing("dpo", label_smoothing)
-    check_choice("dpo", "reduction", reduction, REDUCTIONS)
-    chosen_B, rejected_B = _log_ratios(
-        "dpo", policy_chosen, policy_rejected, ref_chosen, ref_rejected
+    chosen_B, rejected_B = log_ratios(
+        "dpo", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
     loss_B = smoothed_logistic(beta * (chosen_B - rejected_B), label_smoothing)
-    return _output(loss_B, chosen_B, rejected_B, beta, reduction)
+    return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)
 
 
 def hinge(
@@ -134,13 +107,11 @@ def hinge(
         >>> round(out.loss.item(), 4)
         0.65
     """
-    check_positive("hinge", "beta", beta)
-    check_choice("hinge", "reduction", reduction, REDUCTIONS)
-    chosen_B, rejected_B = _log_ratios(
-        "hinge", policy_chosen, policy_rejected, ref_chosen, ref_rejected
+    chosen_B, rejected_B = log_ratios(
+        "hinge", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
     loss_B = relu(1 - beta * (chosen_B - rejected_B))
-    return _output(loss_B, chosen_B, rejected_B, beta, reduction)
+    return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)
 
 
 def ipo(
@@ -188,11 +159,9 @@ def ipo(
         >>> round(ipo(*sums, beta=0.5, convention="summed").loss.item(), 4)
         0.09
     """
-    check_positive("ipo", "beta", beta)
     check_choice("ipo", "convention", convention, ("averaged", "summed"))
-    check_choice("ipo", "reduction", reduction, REDUCTIONS)
-    chosen_B, rejected_B = _log_ratios(
-        "ipo", policy_chosen, policy_rejected, ref_chosen, ref_rejected
+    chosen_B, rejected_B = log_ratios(
+        "ipo", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
     margin_B = chosen_B - rejected_B
     if convention == "averaged":
@@ -209,4 +178,4 @@ def ipo(
         chosen_mean_B = mean_logprobs(chosen_B, chosen_counts_B)
         margin_B = chosen_mean_B - mean_logprobs(rejected_B, rejected_counts_B)
     loss_B = (margin_B - 1 / (2 * beta)).square()
-    return _output(loss_B, chosen_B, rejected_B, beta, reduction)
+    return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)

@@ -6,6 +6,7 @@ token (sum / count, 0 for an empty response).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastpo.losses._common import (
@@ -20,13 +21,40 @@ from fastpo.losses._common import (
     check_not_negative,
     check_positive,
     fail,
+    log1mexp,
     log_odds,
     mean_logprobs,
     negative_log_likelihood,
+    pair_output,
     prepare,
     reduce,
     smoothed_logistic,
 )
+
+# exp(80) = 6e34 is still a float32. A mean log-prob of -80 / alpha is far beyond any model's.
+MAX_EXPONENT = 80.0
+# Below it alpha m^2 / 2 is lost in the rounding of m, and alpha m nears the denormals.
+SMALL_ALPHA = 1e-20
+
+
+def _mean_pair(
+    loss: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """Checks of the losses that need nothing but mean log-probs; then these, [B] each."""
+    check_choice(loss, "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B, chosen_counts_B, rejected_counts_B = prepare(
+        loss,
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        chosen_counts=chosen_counts,
+        rejected_counts=rejected_counts,
+    )
+    return mean_logprobs(chosen_B, chosen_counts_B), mean_logprobs(rejected_B, rejected_counts_B)
 
 
 def simpo(
@@ -70,19 +98,12 @@ def simpo(
     check_positive("simpo", "beta", beta)
     check_finite("simpo", "gamma", gamma)
     check_label_smoothing("simpo", label_smoothing)
-    check_choice("simpo", "reduction", reduction, REDUCTIONS)
-    chosen_B, rejected_B, chosen_counts_B, rejected_counts_B = prepare(
-        "simpo",
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        chosen_counts=chosen_counts,
-        rejected_counts=rejected_counts,
+    chosen_B, rejected_B = _mean_pair(
+        "simpo", policy_chosen, policy_rejected, chosen_counts, rejected_counts, reduction
     )
-    chosen_rewards_B = beta * mean_logprobs(chosen_B, chosen_counts_B)
-    rejected_rewards_B = beta * mean_logprobs(rejected_B, rejected_counts_B)
+    chosen_rewards_B, rejected_rewards_B = beta * chosen_B, beta * rejected_B
     loss_B = smoothed_logistic(chosen_rewards_B - rejected_rewards_B - gamma, label_smoothing)
-    loss = reduce(loss_B, reduction)
-    return LossOutput(loss, chosen_rewards_B.detach(), rejected_rewards_B.detach())
+    return pair_output(loss_B, chosen_rewards_B, rejected_rewards_B, reduction)
 
 
 def orpo(
@@ -149,6 +170,96 @@ def orpo(
     chosen_mean_B = mean_logprobs(chosen_B, chosen_counts_B)
     rejected_mean_B = mean_logprobs(rejected_B, rejected_counts_B)
     odds_B = smoothed_logistic(log_odds(chosen_mean_B) - log_odds(rejected_mean_B), 0.0)
-    loss_B = negative_log_likelihood(nll_sums_B, nll_counts_B, nll_mean) + beta * odds_B
-    loss = reduce(loss_B, reduction)
-    return LossOutput(loss, beta * chosen_mean_B.detach(), beta * rejected_mean_B.detach())
+    nll_B = negative_log_likelihood(nll_sums_B, nll_counts_B, nll_mean)
+    rewards = beta * chosen_mean_B, beta * rejected_mean_B
+    return pair_output(nll_B + beta * odds_B, *rewards, reduction, nll=reduce(nll_B, "mean"))
+
+
+def alphapo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    alpha: float = 0.25,
+    beta: float = 2.5,
+    gamma: float = 0.1,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """AlphaPO: SimPO with a reward that bends with the likelihood.
+
+    r = (1 - exp(-alpha m)) / alpha;  -logsigmoid(beta (r_chosen - r_rejected) - gamma)
+    (arXiv:2501.03884). alpha = 0 is SimPO; the reward is taken by expm1 and goes over to m without
+    noise. TRL's CPO trainer bends whichever log-prob its form uses, sums as well, where the
+    exponential overflows; here it is the mean alone. Exponents are held at 80: a mean log-prob
+    below -80 / alpha gets no gradient.
+
+    Args:
+        policy_chosen: [B] summed log-probs of the chosen responses, nats.
+        policy_rejected: [B] the same of the rejected responses.
+        chosen_counts: [B] tokens of the chosen responses.
+        rejected_counts: [B] tokens of the rejected responses.
+        alpha: bend of the reward; > 0 pushes unlikely responses harder, 0 is SimPO.
+        beta: scale of the rewards, > 0.
+        gamma: target margin, on the scale of beta r.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`simpo`; the rewards are beta r.
+
+    Example:
+        >>> sums, counts = torch.tensor([[-2.5], [-2.7]]), torch.tensor([[3], [2]])
+        >>> round(alphapo(*sums, *counts).loss.item(), 4)
+        0.1842
+    """
+    check_finite("alphapo", "alpha", alpha)
+    check_finite("alphapo", "gamma", gamma)
+    check_positive("alphapo", "beta", beta)
+    means = _mean_pair(
+        "alphapo", policy_chosen, policy_rejected, chosen_counts, rejected_counts, reduction
+    )
+    rewards = means
+    if abs(alpha) > SMALL_ALPHA:
+        rewards = [-torch.expm1((-alpha * m_B).clamp(max=MAX_EXPONENT)) / alpha for m_B in means]
+    chosen_B, rejected_B = (beta * reward_B for reward_B in rewards)
+    loss_B = smoothed_logistic(chosen_B - rejected_B - gamma, 0.0)
+    return pair_output(loss_B, chosen_B, rejected_B, reduction)
+
+
+def asft(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    beta: float = 1.0,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """ASFT, aligned supervised fine-tuning: likelihood of the chosen, unlikelihood of the rejected.
+
+    NLL + beta [-logsigmoid(lo(m_chosen)) - logsigmoid(-lo(m_rejected))], lo(m) = m - log(1 - exp m)
+    (arXiv:2409.10571, restated in arXiv:2502.01237), with the NLL averaged over the tokens of a
+    sequence. By logsigmoid(lo(m)) = m it is -(1 + beta) m_chosen - beta log(1 - exp m_rejected),
+    the form computed. The unlikelihood stays finite at p = 1. It is not the Anchored SFT that
+    LLaMA-Factory calls ASFT.
+
+    Args:
+        policy_chosen: [B] summed log-probs of the chosen responses, nats.
+        policy_rejected: [B] the same of the rejected responses.
+        chosen_counts: [B] tokens of the chosen responses.
+        rejected_counts: [B] tokens of the rejected responses.
+        beta: weight of the alignment terms, >= 0.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`simpo`; the rewards are beta m.
+
+    Experimental: the formula comes from the restatement, and the default beta is our choice.
+
+    Example:
+        >>> sums, counts = torch.tensor([[-2.5], [-2.7]]), torch.tensor([[3], [2]])
+        >>> round(asft(*sums, *counts).loss.item(), 4)
+        1.9667
+    """
+    check_not_negative("asft", "beta", beta)
+    chosen_B, rejected_B = _mean_pair(
+        "asft", policy_chosen, policy_rejected, chosen_counts, rejected_counts, reduction
+    )
+    loss_B = -(1 + beta) * chosen_B - beta * log1mexp(rejected_B)
+    return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)

@@ -40,6 +40,28 @@ def f1() -> Pairs:
     return Pairs(*sums, *counts)
 
 
+class Tokens(NamedTuple):
+    """Padded token values [B, T] of one side; NaN outside the mask."""
+
+    policy: Tensor
+    ref: Tensor
+    mask: Tensor
+
+
+@pytest.fixture
+def f1_tokens() -> tuple[Tokens, Tokens]:
+    """The tokens of chosen and rejected in float64."""
+
+    def padded(rows: list[list[float]]) -> Tensor:
+        width = max(map(len, rows)) + 1
+        rows = [[*row, *[float("nan")] * (width - len(row))] for row in rows]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    sides = ((CHOSEN, REF_CHOSEN), (REJECTED, REF_REJECTED))
+    sides = [(padded(policy), padded(ref)) for policy, ref in sides]
+    return tuple(Tokens(policy, ref, ~policy.isnan()) for policy, ref in sides)
+
+
 # Bounds of the published vectors, which have ten decimals.
 VECTOR_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
 

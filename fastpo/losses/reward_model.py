@@ -1,0 +1,288 @@
+"""Losses of reward models and of success predictors.
+
+Scores [B] are outputs of the model that is trained and carry the gradient; the result's rewards are
+the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastpo.losses._common import (
+    REDUCTIONS,
+    LossOutput,
+    Reduction,
+    check_choice,
+    check_not_negative,
+    fail,
+    pair_output,
+    prepare,
+    reduce,
+)
+from fastpo.losses.margins import soft_logistic
+
+
+def rm_bt(
+    chosen_scores: Tensor, rejected_scores: Tensor, reduction: Reduction = "mean"
+) -> LossOutput:
+    """Bradley-Terry reward model: -logsigmoid(r_chosen - r_rejected)  (arXiv:2203.02155, eq. 1).
+
+    Args:
+        chosen_scores: [B] scores of the chosen responses, any float dtype.
+        rejected_scores: [B] scores of the rejected responses.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Returns:
+        LossOutput; the rewards are the scores.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
+
+    Example:
+        >>> round(rm_bt(torch.tensor([1.2]), torch.tensor([0.4])).loss.item(), 4)
+        0.3711
+    """
+    check_choice("rm_bt", "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B = prepare(
+        "rm_bt", chosen_scores=chosen_scores, rejected_scores=rejected_scores
+    )
+    return pair_output(soft_logistic(chosen_B - rejected_B), chosen_B, rejected_B, reduction)
+
+
+def rm_margin(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margins: Tensor,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """Reward model with a margin by how clear the preference is.
+
+    -logsigmoid(r_chosen - r_rejected - m)  (Llama 2, arXiv:2307.09288, eq. 2, whose four grades
+    have margins 1, 2/3, 1/3 and 0 or three times these).
+
+    Args:
+        chosen_scores: [B] scores of the chosen responses, any float dtype.
+        rejected_scores: [B] scores of the rejected responses.
+        margins: [B] m; no gradient.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`rm_bt`.
+
+    Example:
+        >>> sums = torch.tensor([1.2]), torch.tensor([0.4]), torch.tensor([0.2])
+        >>> round(rm_margin(*sums).loss.item(), 4)
+        0.4375
+    """
+    check_choice("rm_margin", "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B, margins_B = prepare(
+        "rm_margin",
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        margins=margins.detach(),
+    )
+    loss_B = soft_logistic(chosen_B - rejected_B - margins_B)
+    return pair_output(loss_B, chosen_B, rejected_B, reduction)
+
+
+def rm_center(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margins: Tensor | None = None,
+    coefficient: float = 0.01,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """Reward model whose scores are drawn to a mean of zero.
+
+    :func:`rm_bt`, or :func:`rm_margin` if margins are given, + c (r_chosen + r_rejected)^2
+    (arXiv:2312.09244; TRL's reward trainer, where it is off by default). A constant on all scores
+    changes only this term.
+
+    Args:
+        chosen_scores: [B] scores of the chosen responses, any float dtype.
+        rejected_scores: [B] scores of the rejected responses.
+        margins: [B] margins; 0 if not given.
+        coefficient: c, >= 0.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`rm_bt`.
+
+    Example:
+        >>> round(rm_center(torch.tensor([1.2]), torch.tensor([0.4])).loss.item(), 4)
+        0.3967
+    """
+    check_not_negative("rm_center", "coefficient", coefficient)
+    check_choice("rm_center", "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B, margins_B = prepare(
+        "rm_center",
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        margins=torch.zeros_like(chosen_scores) if margins is None else margins.detach(),
+    )
+    loss_B = soft_logistic(chosen_B - rejected_B - margins_B)
+    centre_B = coefficient * (chosen_B + rejected_B).square()
+    return pair_output(loss_B + centre_B, chosen_B, rejected_B, reduction)
+
+
+def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the preference among several reward models, by pair.
+
+    Mean and unbiased standard deviation over M models of r_chosen - r_rejected  (arXiv:2401.06080).
+
+    Args:
+        chosen_scores: [B, M] scores of the chosen responses by M >= 2 models.
+        rejected_scores: [B, M] scores of the rejected responses.
+
+    Returns:
+        Strengths [B] and their standard deviations [B].
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> preference_strength(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))[0]
+        tensor([1.5000])
+    """
+    if chosen_scores.ndim != 2 or chosen_scores.shape != rejected_scores.shape:
+        got = f"{list(chosen_scores.shape)} and {list(rejected_scores.shape)}"
+        remedy = "Score both responses by the same models."
+        raise fail("preference_strength", "chosen_scores, rejected_scores", "[B, M]", got, remedy)
+    dtype = torch.promote_types(chosen_scores.dtype, torch.float32)
+    difference_BM = chosen_scores.to(dtype) - rejected_scores.to(dtype)
+    return difference_BM.mean(1), difference_BM.std(1)
+
+
+def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
+    """Pairs whose label is taken for wrong: the given share with the lowest strength.
+
+    The rule is for a whole data set (arXiv:2401.06080: the lowest 20 %), not for a batch. Ties go
+    by position.
+
+    Args:
+        strengths: [N] as from :func:`preference_strength`.
+        fraction: share of the pairs, in [0, 1]; rounded down to whole pairs.
+
+    Returns:
+        [N] bool, True where the label is to be flipped.
+
+    Raises:
+        ValueError: the fraction is out of range.
+
+    Example:
+        >>> flip_weakest(torch.tensor([0.9, -0.4, 0.2]), fraction=0.34)
+        tensor([False,  True, False])
+    """
+    if not 0 <= fraction <= 1:
+        remedy = "The published share is 0.2."
+        raise fail("flip_weakest", "fraction", "a number in [0, 1]", repr(fraction), remedy)
+    count = math.floor(fraction * strengths.shape[0])
+    flipped = torch.zeros_like(strengths, dtype=torch.bool)
+    return flipped.index_fill(0, strengths.argsort(stable=True)[:count], True)
+
+
+def rm_secrets2(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    strengths: Tensor,
+    form: Literal["soft_label", "adaptive_margin", "hard"] = "soft_label",
+    flipped: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """Reward model on pairs with measured preference strength mu, D = r_chosen - r_rejected.
+
+    ``soft_label``: -p logsigmoid(D) - (1 - p) logsigmoid(-D) with p = sigmoid(mu);
+    ``adaptive_margin``: -logsigmoid(D - mu); ``hard``: -logsigmoid(D)  (arXiv:2401.06080). Flipped
+    pairs count with D and mu negated, which leaves ``soft_label`` as it is. The authors' code has
+    -log(sigmoid(D) + 1e-5) for ``hard``.
+
+    Args:
+        chosen_scores: [B] scores of the chosen responses, any float dtype.
+        rejected_scores: [B] scores of the rejected responses.
+        strengths: [B] mu as from :func:`preference_strength`; no gradient.
+        form: ``soft_label``, ``adaptive_margin`` or ``hard``.
+        flipped: [B] bool as from :func:`flip_weakest`; none if not given.
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`rm_bt`; the rewards keep their sides where flipped.
+
+    Experimental: soft label and adaptive margin are read in a summary, not in the paper; its
+    contrastive and meta-learning terms are not here.
+
+    Example:
+        >>> sums = torch.tensor([1.2]), torch.tensor([0.4]), torch.tensor([0.9])
+        >>> round(rm_secrets2(*sums).loss.item(), 4)
+        0.6023
+    """
+    check_choice("rm_secrets2", "form", form, ("soft_label", "adaptive_margin", "hard"))
+    check_choice("rm_secrets2", "reduction", reduction, REDUCTIONS)
+    chosen_B, rejected_B, strengths_B = prepare(
+        "rm_secrets2",
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        strengths=strengths.detach(),
+    )
+    margin_B = chosen_B - rejected_B
+    if flipped is not None:
+        if flipped.dtype != torch.bool or flipped.shape != chosen_B.shape:
+            got = f"{flipped.dtype} {list(flipped.shape)}"
+            expected = f"torch.bool {list(chosen_B.shape)}"
+            raise fail("rm_secrets2", "flipped", expected, got, "Pass one flag per pair.")
+        margin_B = torch.where(flipped, -margin_B, margin_B)
+        strengths_B = torch.where(flipped, -strengths_B, strengths_B)
+    if form == "soft_label":
+        loss_B = soft_logistic(margin_B, torch.sigmoid(strengths_B))
+    else:
+        loss_B = soft_logistic(margin_B - strengths_B if form == "adaptive_margin" else margin_B)
+    return pair_output(loss_B, chosen_B, rejected_B, reduction)
+
+
+def v0(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_labels: Tensor | None = None,
+    rejected_labels: Tensor | None = None,
+    alpha: float = 0.25,
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """V0 value model: rank a context's successes over its failures and predict each.
+
+    alpha (-logsigmoid(s_success - s_failure)) + (1 - alpha) times the mean of both queries'
+    cross-entropies with sigmoid(s); a query's score s is the difference of its two logits
+    (arXiv:2602.03584; the authors' code). Pairs are of one context, so an offset of the context
+    leaves the first term alone. alpha is 0.25 in their script, 0.5 in their configuration. Their
+    class weights, off by default, are not here.
+
+    Args:
+        chosen_scores: [B] scores of successful queries, any float dtype.
+        rejected_scores: [B] scores of failed queries.
+        chosen_labels: [B] soft labels (clip(reward, -1, 1) + 1) / 2; 1 if not given.
+        rejected_labels: [B] the same of failed queries; 0 if not given.
+        alpha: weight of the ranking term, in [0, 1].
+        reduction: ``mean`` over pairs, ``sum`` or ``none``.
+
+    Result and errors are those of :func:`rm_bt`; ``metrics`` has ``rank`` and ``cross_entropy``.
+
+    Example:
+        >>> round(v0(torch.tensor([1.2, -0.3]), torch.tensor([0.4, 0.5])).loss.item(), 4)
+        0.7562
+    """
+    if not 0 <= alpha <= 1:
+        raise fail("v0", "alpha", "a number in [0, 1]", repr(alpha), "0 is cross-entropy alone.")
+    check_choice("v0", "reduction", reduction, REDUCTIONS)
+    ones = torch.ones_like(chosen_scores)
+    chosen_B, rejected_B, chosen_labels_B, rejected_labels_B = prepare(
+        "v0",
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        chosen_labels=ones if chosen_labels is None else chosen_labels,
+        rejected_labels=0 * ones if rejected_labels is None else rejected_labels,
+    )
+    rank_B = soft_logistic(chosen_B - rejected_B)
+    entropy_B = soft_logistic(chosen_B, chosen_labels_B)
+    entropy_B = (entropy_B + soft_logistic(rejected_B, rejected_labels_B)) / 2
+    loss_B = alpha * rank_B + (1 - alpha) * entropy_B
+    parts = {"rank": reduce(rank_B, "mean"), "cross_entropy": reduce(entropy_B, "mean")}
+    return pair_output(loss_B, chosen_B, rejected_B, reduction, **parts)

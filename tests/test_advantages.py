@@ -1,0 +1,255 @@
+"""Rewards to advantages and weights: published vectors, properties, edge cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpo import advantages
+
+NAN = float("nan")
+REWARDS = [[1.0, 0.0, 0.5, 0.2], [0.3] * 4]
+KL = [[0.5, -0.2, 0.1, 0.0], [0.0, 0.1, 0.2, 0.3]]
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@pytest.fixture(params=list(BOUNDS), ids=str)
+def dtype(request):
+    return request.param
+
+
+def check(got, want):
+    want = torch.tensor(want, dtype=got.dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=BOUNDS[got.dtype])
+
+
+# ------------------------------------------------------------------ RLOO
+
+
+def test_rloo_vector(dtype):
+    rewards, kl = torch.tensor(REWARDS, dtype=dtype), torch.tensor(KL, dtype=dtype)
+    got = advantages.rloo(rewards, kl)
+    assert got.dtype == dtype
+    check(got[0], [0.74, -0.546666666667, 0.1, -0.293333333333])
+    check(got[1], [0.01, 0.003333333333, -0.003333333333, -0.01])
+    check(
+        advantages.rloo(torch.tensor([[1, NAN, 0.5, 0.2]], dtype=dtype)), [[0.65, 0, -0.1, -0.55]]
+    )
+
+
+def test_rloo_sums_to_0_and_does_not_see_a_shift_or_a_padded_response():
+    torch.manual_seed(0)
+    rewards = torch.randn(5, 6, dtype=torch.float64)
+    rewards[0, 2] = rewards[3, :3] = NAN
+    got = advantages.rloo(rewards)
+    assert got.sum(1).abs().max() < 1e-14
+    torch.testing.assert_close(advantages.rloo(rewards + 7), got)
+    torch.testing.assert_close(advantages.rloo(rewards[3:4, 3:]), got[3:4, 3:])
+    # G / (G - 1) times the deviation from the mean.
+    want = 6 / 5 * (rewards[1] - rewards[1].mean())
+    torch.testing.assert_close(got[1], want)
+
+
+def test_rloo_of_two_is_the_difference_and_of_equal_rewards_nothing():
+    got = advantages.rloo(torch.tensor([[1.0, 0.25], [0.5, 0.5]]))
+    assert got.tolist() == [[0.75, -0.75], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[[1.0]], [[1.0, NAN, NAN]], [[NAN, NAN]], torch.zeros(0, 3), torch.zeros(2, 0)],
+    ids=["one", "one_scorable", "none_scorable", "no_prompt", "no_response"],
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rloo_without_a_sibling_is_0(rewards, normalize):
+    rewards = torch.as_tensor(rewards)
+    got = advantages.rloo(rewards, normalize=normalize)
+    assert got.shape == rewards.shape
+    assert (got == 0).all()
+
+
+def test_rloo_kl_of_an_unscorable_response_does_not_matter():
+    rewards, kl = torch.tensor([[1.0, NAN, 0.5]]), torch.tensor([[0.1, torch.inf, 0.2]])
+    got = advantages.rloo(rewards, kl)
+    torch.testing.assert_close(got, torch.tensor([[0.505, 0.0, -0.505]]))
+
+
+def test_rloo_clips_rewards_before_the_kl():
+    rewards, kl = torch.tensor([[9.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    got = advantages.rloo(rewards, kl, reward_range=(-1.0, 2.0))
+    torch.testing.assert_close(got, torch.tensor([[1.95, -1.95]]))
+
+
+def test_rloo_normalises_over_the_scorable_responses_of_the_batch():
+    rewards = torch.tensor([[1.0, NAN, 0.5, 0.2], [3.0, 0.1, 0.0, 0.4], [5.0, NAN, NAN, NAN]])
+    plain, got = advantages.rloo(rewards), advantages.rloo(rewards, normalize=True)
+    valid = ~rewards.isnan()
+    valid[2] = False
+    values = plain[valid]
+    want = (values - values.mean()) / (values.std() + 1e-4)
+    torch.testing.assert_close(got[valid], want)
+    assert (got[~valid] == 0).all()
+
+
+def test_rloo_agrees_with_trl_lines():
+    torch.manual_seed(0)
+    rewards, kl = torch.randn(2, 4, 3, dtype=torch.float64)
+    rewards[1, 0] = NAN
+    grouped = rewards - 0.05 * kl
+    counts = (~grouped.isnan()).sum(1, keepdim=True)
+    baselines = (torch.nansum(grouped, 1, keepdim=True) - grouped) / (counts - 1)
+    want = torch.nan_to_num(grouped - baselines, nan=0.0)
+    torch.testing.assert_close(advantages.rloo(rewards, kl), want)
+
+
+# ------------------------------------------------------------------ ReMax
+
+
+def _remax(rewards, greedy, **options):
+    tokens, mask = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    rewards, greedy = (torch.tensor([x], dtype=torch.float64) for x in (rewards, greedy))
+    return advantages.remax_returns(rewards, greedy, tokens, tokens, mask, **options)
+
+
+def test_remax_discount_counts_once_at_the_last_token():
+    check(_remax(2.0, 0.0, gamma=0.9), [[1.458, 1.62, 1.8]])
+
+
+def test_remax_clips_after_the_subtraction():
+    assert _remax(12.0, 9.0, gamma=1.0)[0, 0] == 3
+    assert _remax(12.0, 1.0, gamma=1.0)[0, 0] == 5
+    assert _remax(-12.0, 1.0, gamma=1.0)[0, 0] == -5
+
+
+def test_remax_of_the_greedy_response_is_the_kl_alone():
+    torch.manual_seed(0)
+    policy, ref = torch.randn(2, 2, 4)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    reward = torch.tensor([0.3, 0.9])
+    got = advantages.remax_returns(reward, reward, policy, ref, mask)
+    torch.testing.assert_close(got, -0.1 * (policy - ref))
+
+
+def test_remax_counts_tokens_of_the_response_and_ignores_the_rest():
+    policy, ref = torch.full((1, 5), NAN), torch.zeros(1, 5)
+    mask = torch.tensor([[False, True, False, True, False]])
+    policy[mask] = 0
+    one = torch.ones(1)
+    got = advantages.remax_returns(one, 0 * one, policy, ref, mask, gamma=0.5)
+    assert got.tolist() == [[0.0, 0.25, 0.0, 0.5, 0.0]]
+    nothing = torch.zeros(0, 5)
+    empty = advantages.remax_returns(one[:0], one[:0], nothing, nothing, nothing > 0)
+    assert empty.shape == (0, 5)
+    no_tokens = torch.zeros(1, 0)
+    assert advantages.remax_returns(one, one, no_tokens, no_tokens, no_tokens > 0).shape == (1, 0)
+
+
+# ------------------------------------------------------------------ CGPO, PU-RL, ZO-RankSGD
+
+
+def test_crpg_rewards_vector(dtype):
+    scores = torch.tensor([1.0, 0.2, -0.5, 0.7], dtype=dtype)
+    passed = torch.tensor([True, True, False, True])
+    kl = torch.tensor([2.0, 8.0, 1.0, 12.0], dtype=dtype)
+    got = advantages.crpg_rewards(scores, torch.full_like(scores, 0.3), passed, kl, kl_max=10.0)
+    check(got, [0.534550217735, 0.095004162504, 0.0, 0.0])
+    free = advantages.crpg_rewards(scores, scores, passed, kl, kl_max=float("inf"))
+    assert free.tolist() == [0.5, 0.5, 0.0, 0.5]
+
+
+def test_pu_rl_vector():
+    got = advantages.pu_rl_weights(torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64))
+    want = torch.tensor([0.70538451, 0.25949646, 0.03511903], dtype=torch.float64)
+    # Eight digits are published.
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-9)
+    assert abs((got - 1 / 3).sum()) < 1e-15
+    sharp = advantages.pu_rl_weights(torch.tensor([4.0, 3.0, 1.0]), temperature=1e-3)
+    assert sharp.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_zo_ranksgd_vectors():
+    directions = torch.tensor([[1, 0.5], [0, 1], [-1, 0], [0.25, -2]])
+    assert advantages.zo_ranksgd_weights(torch.tensor([2, 0]), 4).dtype == torch.float32
+    ranking = torch.tensor([2, 0])
+    exact = advantages.zo_ranksgd_weights(ranking, 4)
+    torch.testing.assert_close(exact @ directions, torch.tensor([-0.5, 0.5]))
+    coded = advantages.zo_ranksgd_weights(ranking, 4, convention="authors")
+    torch.testing.assert_close(coded @ directions, torch.tensor([-0.5, 0.6]))
+    torch.testing.assert_close(exact @ (3 * directions), torch.tensor([-1.5, 1.5]))
+
+
+@pytest.mark.parametrize(("count", "ranked"), [(2, 1), (4, 1), (4, 2), (5, 4), (5, 5), (2, 2)])
+def test_zo_ranksgd_is_the_mean_over_all_known_comparisons(count, ranked):
+    torch.manual_seed(count + ranked)
+    directions = torch.randn(count, 3, dtype=torch.float64)
+    order = torch.randperm(count)
+    ranking, rest = order[:ranked].tolist(), order[ranked:].tolist()
+    edges = [(i, j) for place, i in enumerate(ranking) for j in ranking[place + 1 :] + rest]
+    want = torch.stack([directions[i] - directions[j] for i, j in edges]).mean(0)
+    weights = advantages.zo_ranksgd_weights(order[:ranked], count, dtype=torch.float64)
+    torch.testing.assert_close(weights @ directions, want, rtol=0, atol=1e-15)
+    assert abs(weights.sum()) < 1e-15
+
+
+# ------------------------------------------------------------------ for all
+
+
+def test_no_gradient_comes_out_and_narrow_types_are_widened():
+    rewards = torch.tensor([[1.0, 0.5, 0.2]], dtype=torch.bfloat16, requires_grad=True)
+    flat, passed = rewards[0], torch.ones(3, dtype=torch.bool)
+    for got in (
+        advantages.rloo(rewards, rewards, normalize=True),
+        advantages.remax_returns(flat[:1], flat[:1], rewards, rewards, passed[None]),
+        advantages.crpg_rewards(flat, flat, passed, flat, kl_max=1.0),
+        advantages.pu_rl_weights(rewards),
+    ):
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+
+
+def test_compiles_to_one_graph():
+    rewards = torch.tensor(REWARDS)
+    call = lambda x: advantages.rloo(x, 0.1 * x, normalize=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rewards), call(rewards))
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    call = lambda x: advantages.remax_returns(x[:, 0], x[:, 1], x, x, mask)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rewards), call(rewards))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda x: advantages.rloo(x[0]), r"rloo: rewards: expected \[P, G\].* got \[4\]"),
+        (lambda x: advantages.rloo(x, x[:1]), r"rloo: kl: expected \[P, G\].* got \[1, 4\]"),
+        (lambda x: advantages.rloo(x, beta=-1.0), "rloo: beta: expected a finite number >= 0"),
+        (
+            lambda x: advantages.remax_returns(x[0], x[0], x, x, x > 0),
+            r"remax_returns: rewards: expected \[B\], B = 2, got \[4\]",
+        ),
+        (
+            lambda x: advantages.remax_returns(x[:, 0], x[:, 0], x, x, x > 0, gamma=0.0),
+            r"remax_returns: gamma: expected a number in \(0, 1\], got 0.0",
+        ),
+        (
+            lambda x: advantages.crpg_rewards(x, x[0], x > 0, x, 1.0),
+            r"crpg_rewards: baseline_scores: expected \[2, 4\] as scores, got \[4\]",
+        ),
+        (
+            lambda x: advantages.pu_rl_weights(x, temperature=0.0),
+            "pu_rl_weights: temperature: expected a number > 0, got 0.0",
+        ),
+        (
+            lambda x: advantages.zo_ranksgd_weights(torch.arange(3), 2),
+            r"zo_ranksgd_weights: ranking, count: expected \[k\] and m >= k, got \[3\] and 2",
+        ),
+        (
+            lambda x: advantages.zo_ranksgd_weights(torch.arange(2), 3, convention="other"),
+            "zo_ranksgd_weights: convention: expected exact or authors",
+        ),
+    ],
+)
+def test_errors_name_what_came(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(torch.tensor(REWARDS))
