@@ -1,5 +1,13 @@
-"""Reading, checking and tokenising training data for the trainers."""
+"""Training data: reading and tokenising rows, and turning scores into pairs, lists and stages.
 
-from fastpo.data.records import DataError
+``records`` and ``tokens`` read data for the trainers and need ``datasets`` and ``transformers``.
+The other modules are pure functions of tensors and need torch only: what judges say as numbers
+(``scores``, ``win_rates``), scores to pairs (``pairs``, ``rules``, ``self_rewarding``), right and
+wrong to pairs (``verdicts``), search trees (``search``, ``trees``), the order in which pairs are
+learned (``curricula``), how many to sample (``budgets``), which to keep (``selection``), which of
+them are the same (``ids``) and which tokens count (``masks``).
+"""
+
+from fastpo.data.errors import DataError
 
 __all__ = ["DataError"]

@@ -11,12 +11,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from fastpo.data.errors import DataError
+
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 COMPLETION_FIELDS = ("prompt", "completion")
-
-
-class DataError(ValueError):
-    """A row that cannot be trained on; the message names the file and the line."""
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

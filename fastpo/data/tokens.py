@@ -88,7 +88,7 @@ def encode_row(
                 f"row {row['row']}: field {field!r} is empty and has no token to score."
             )
 
-    excess = len(prompt_ids) + max(map(len, completions_ids)) - max_length
+    excess = len(prompt_ids) + max(map(len, completions_ids), default=0) - max_length
     cut_prompt = excess > 0 and len(prompt_ids) > 1
     if cut_prompt:
         keep = max(len(prompt_ids) - excess, 1)
@@ -149,21 +149,21 @@ def _batch(prompts: list[list[int]], completions: list[list[int]], pad_id: int) 
 class PairCollator:
     """Pads P pairs to a batch of 2 P rows: all chosen sequences, then all rejected ones.
 
-    Keys: ``index`` and ``row`` [P]; ``input_ids``, ``attention_mask`` and ``labels`` [2 P, T],
-    labels -100 outside the completions; ``ref_logprobs`` [P, 2] where the rows carry them.
+    Keys: ``input_ids``, ``attention_mask`` and ``labels`` [2 P, T], labels -100 outside the
+    completions; ``index``, ``row`` and every other column of numbers [P], or [P, J] of lists. Rows
+    with ``extra_ids``, a further response to the prompt, give 3 P rows, these last.
     """
 
     pad_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of some rows of :func:`tokenize_rows`."""
-        batch = {key: torch.tensor([e[key] for e in examples]) for key in ("index", "row")}
+        columns = [key for key in examples[0] if not key.endswith("_ids")]
+        batch = {key: torch.tensor([e[key] for e in examples]) for key in columns}
+        fields = [f for f in (*PAIR_FIELDS[1:], "extra") if f"{f}_ids" in examples[0]]
         prompts = [e["prompt_ids"] for e in examples]
-        completions = [e[f"{field}_ids"] for field in PAIR_FIELDS[1:] for e in examples]
-        batch |= _batch(prompts * 2, completions, self.pad_id)
-        if "ref_logprobs" in examples[0]:
-            batch["ref_logprobs"] = torch.tensor([e["ref_logprobs"] for e in examples])
-        return batch
+        completions = [e[f"{field}_ids"] for field in fields for e in examples]
+        return batch | _batch(prompts * len(fields), completions, self.pad_id)
 
 
 @dataclass
