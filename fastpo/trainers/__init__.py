@@ -2,5 +2,6 @@
 
 ``fastpo.trainers.dpo.DPOTrainer`` and ``fastpo.trainers.sft.SFTTrainer`` take a model and tokenised
 rows; ``fastpo.trainers.run`` goes from a config (``fastpo.trainers.config``) to a finished run, as
-the command line does. Nothing is imported here, so that ``fastpo --help`` stays fast.
+the command line does; ``fastpo.trainers.rounds`` samples and trains in turns, as
+``fastpo.recipes`` do. Nothing is imported here, so that ``fastpo --help`` stays fast.
 """

@@ -79,10 +79,14 @@ class RunConfig:
 class DPOConfig(RunConfig):
     """Options of ``fastpo train dpo``."""
 
-    loss: str = _option("dpo", "dpo, ipo, hinge, simpo or orpo.")
+    loss: str = _option("dpo", "A loss over pairs of fastpo.losses, such as dpo, ipo, simpo.")
     beta: float | None = _option(None, "Of the loss; its own default if not given.")
     gamma: float | None = _option(None, "Target margin of simpo.")
     label_smoothing: float | None = _option(None, "Assumed share of flipped pairs (dpo, simpo).")
+    loss_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Any other option of the loss, as key=value; repeatable."},
+    )
     reference: str = _option(
         "auto", "adapter (disabled LoRA), copy (frozen), cached (computed once), or auto."
     )
@@ -132,7 +136,7 @@ def _convert(name: str, value: Any, kind: type, optional: bool) -> Any:
 
 
 def build(cls: type[Config], *sources: Mapping[str, Any]) -> Config:
-    """A config from mappings, later ones over earlier ones; ``trainer`` is merged key by key.
+    """A config from mappings, later ones over earlier ones; mappings are merged key by key.
 
     Raises:
         ConfigError: a key is unknown, required and missing, or its value of the wrong kind.
@@ -149,7 +153,8 @@ def build(cls: type[Config], *sources: Mapping[str, Any]) -> Config:
                 raise ConfigError(f"{name}: no such option; there are {', '.join(known)}.")
             _, kind, optional = known[name]
             value = _convert(name, value, kind, optional)
-            values[name] = {**values.get(name, {}), **value} if name == "trainer" else value
+            is_mapping = isinstance(value, Mapping)
+            values[name] = {**values.get(name, {}), **value} if is_mapping else value
     return cls(**values)
 
 

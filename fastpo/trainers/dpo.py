@@ -1,10 +1,11 @@
-"""Training on pairs: DPO, IPO, hinge, SimPO and ORPO by one Trainer."""
+"""Training on pairs by any loss over pairs of ``fastpo.losses``, with one Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,33 +13,128 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpo import losses
+from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
 from fastpo.trainers.base import StatisticTrainer
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.head import shift_labels
 
-LOSSES = ("dpo", "ipo", "hinge", "simpo", "orpo")
-REFERENCE_FREE = ("simpo", "orpo")
+Loss = str | Callable[..., LossOutput]
+
+# What losses call the statistics of the responses of a row: chosen, rejected, and a further one.
+POLICY = ("policy_chosen", "policy_rejected", "extra")
+REFERENCE = ("ref_chosen", "ref_rejected", "ref_extra")
+COUNTS = ("chosen_counts", "rejected_counts", "extra_counts")
+# Those that rows of a prompt, a chosen and a rejected completion give.
+SUMS = tuple(names[i] for names in (POLICY, REFERENCE, COUNTS) for i in range(2))
+# Inputs that carry a gradient: a column of numbers in their place would be silently wrong.
+TRAINED = {
+    *POLICY, "nll_sums", "nll_counts", "kl_chosen", "kl_rejected", "guided_chosen",
+    "guided_rejected",
+}  # fmt: skip
 REFERENCES = ("adapter", "copy", "cached")
 
 
-def loss_arguments(loss: str, **options: float | None) -> dict[str, float]:
+def loss_function(loss: Loss) -> Callable[..., LossOutput]:
+    """The loss of that name, or the function itself; its arguments are named as those of fastpo.
+
+    Raises:
+        ConfigError: ``fastpo.losses`` has no such loss over pairs.
+    """
+    if callable(loss):
+        return loss
+    if loss not in pair_losses():
+        expected = ", ".join(pair_losses())
+        raise ConfigError(f"loss: expected one of {expected}, got {loss!r}.")
+    return getattr(losses, loss)
+
+
+def pair_losses() -> tuple[str, ...]:
+    """Names of the losses over pairs in ``fastpo.losses``."""
+    return tuple(
+        name
+        for name in losses.__all__
+        if {"policy_chosen", "policy_rejected"} <= _inputs(getattr(losses, name)).keys()
+    )
+
+
+def _inputs(function: Callable) -> dict[str, inspect.Parameter]:
+    """The arguments of a loss that are tensors; the others are options."""
+    if inspect.isclass(function):
+        return {}
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if "Tensor" in str(p.annotation)}
+
+
+def _columns(names: Iterable[str]) -> set[str]:
+    """Those of a loss's inputs that rows may bring: all but those that are trained."""
+    names = set(names)
+    return {name for name in names - TRAINED if f"ref_{name}" not in names}
+
+
+def require_inputs(loss: Loss, available: Iterable[str]) -> None:
+    """Whether ``available`` holds every tensor that a loss cannot do without.
+
+    Raises:
+        ConfigError: it does not; the message says how to give the one that is missing.
+
+    Example:
+        >>> require_inputs("simpo", SUMS)
+    """
+    inputs, available = _inputs(loss_function(loss)), set(available)
+    for name, parameter in inputs.items():
+        if name in available or parameter.default is not parameter.empty:
+            continue
+        if name in ("extra", "extra_counts", "ref_extra"):
+            remedy = "Give the rows a column extra_ids, a further response to each prompt"
+        elif name not in _columns(inputs):
+            remedy = "It is trained and not computed here: add it in pair_loss of a subclass"
+        elif name in REFERENCE:
+            remedy = f"Set reference, or give the rows a column {name} of log-probs"
+        elif "Sequence" in str(parameter.annotation):
+            remedy = f"Give the rows a column {name}, a list per pair"
+        else:
+            remedy = f"Give the rows a column {name}, a number per pair"
+        label = loss if isinstance(loss, str) else loss.__name__
+        where = "the command line takes no such columns, fastpo.trainers.dpo.DPOTrainer does"
+        raise ConfigError(f"loss: {label} needs {name}. {remedy}; {where}.")
+
+
+LOSSES = tuple(
+    name
+    for name in pair_losses()
+    if all(
+        argument in SUMS or parameter.default is not parameter.empty
+        for argument, parameter in _inputs(getattr(losses, name)).items()
+    )
+)
+
+
+def loss_arguments(loss: Loss, /, **options: Any) -> dict[str, Any]:
     """The options that are set, for ``fastpo.losses``' function of that name.
 
     Raises:
-        ConfigError: there is no such loss, or it does not know an option.
+        ConfigError: there is no such loss, it does not know an option, or needs one more.
 
     Example:
         >>> loss_arguments("dpo", beta=0.2, gamma=None)
         {'beta': 0.2}
     """
-    if loss not in LOSSES:
-        raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}.")
-    known = inspect.signature(getattr(losses, loss)).parameters
+    function = loss_function(loss)
+    known = inspect.signature(function).parameters
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in known:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name, value in given.items():
+        if name not in known and not takes_any:
             raise ConfigError(f"{name}: the loss {loss} has no such option; leave it out.")
+        with contextlib.suppress(TypeError, ValueError):
+            if isinstance(value, str):
+                given[name] = float(value)  # YAML reads 1e-5 as text.
+    for name in known.keys() - _inputs(function).keys() - given.keys():
+        parameter = known[name]
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            remedy = f"Give it in loss_options (--loss-options {name}=...)."
+            raise ConfigError(f"{name}: the loss {loss} needs it and has no default. {remedy}")
     return given
 
 
@@ -48,16 +144,23 @@ class DPOTrainer(StatisticTrainer):
     Chosen and rejected sequences go through the model in one forward. Beside the loss it logs, per
     pair: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (the
     loss's implicit rewards), and ``logps/margins`` (nats) and ``logps/accuracies`` (share of pairs
-    whose chosen completion has the higher summed log-prob under the policy alone).
+    whose chosen completion has the higher summed log-prob under the policy alone), and the metrics
+    of the loss.
+
+    The loss gets, by its arguments' names: summed log-probs and token counts of the responses, and
+    every column of the rows that is named as one of its arguments: ``label``, ``chosen_scores``,
+    ``ref_chosen``, ``history_chosen`` (a list per pair), and so on. ``extra`` and ``ref_extra`` are
+    log-probs of ``extra_ids``, a further response.
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
         args: training arguments; the batch size counts pairs.
-        loss: one of ``dpo``, ``ipo``, ``hinge``, ``simpo``, ``orpo``.
-        loss_options: of the function in ``fastpo.losses``, such as ``beta``.
+        loss: name of a loss over pairs in ``fastpo.losses``, or a function with such arguments.
+        loss_options: of this function, such as ``beta``.
         reference: ``adapter`` (the model with its adapter disabled), ``copy`` (a frozen copy of the
-            model as it is now), or ``cached`` (column ``ref_logprobs`` of the datasets). None is
-            ``adapter`` for a PeftModel, else ``copy``. Losses without a reference ignore it.
+            model as it is now), or ``cached`` (columns ``ref_chosen`` and ``ref_rejected`` of the
+            datasets). None is ``adapter`` for a PeftModel, else ``copy``. Losses without a
+            reference ignore it.
         **kwargs: of ``transformers.Trainer``; ``data_collator`` is a
             :class:`fastpo.data.tokens.PairCollator`.
 
@@ -73,13 +176,14 @@ class DPOTrainer(StatisticTrainer):
         model: torch.nn.Module,
         args: TrainingArguments,
         *,
-        loss: str = "dpo",
-        loss_options: dict[str, float] | None = None,
+        loss: Loss = "dpo",
+        loss_options: dict[str, Any] | None = None,
         reference: str | None = None,
         **kwargs: Any,
     ):
+        self.loss = loss
         self.loss_options = loss_arguments(loss, **(loss_options or {}))
-        self.loss_name = loss
+        self.loss_inputs = _inputs(loss_function(loss)).keys()
         has_adapter = hasattr(model, "disable_adapter")
         reference = reference or ("adapter" if has_adapter else "copy")
         if reference not in REFERENCES:
@@ -91,7 +195,7 @@ class DPOTrainer(StatisticTrainer):
             )
         super().__init__(model, args, compute_metrics=_evaluation_metrics, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.reference = None if loss in REFERENCE_FREE else reference
+        self.reference = reference if self.loss_inputs & set(REFERENCE) else None
         self.ref_model = None
         if self.reference == "copy":
             frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -100,34 +204,40 @@ class DPOTrainer(StatisticTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of a :class:`fastpo.data.tokens.PairCollator` batch; outputs are [P, 4] values."""
         mask = shift_labels(inputs["labels"]) >= 0
-        policy = sum_logprobs(model, inputs, mask).chunk(2)
-        if self.reference is None:
-            others = sequence_counts(mask).chunk(2)
-        else:
-            others = self.reference_logprobs(model, inputs, mask)
-        loss_function = getattr(losses, self.loss_name)
-        out = loss_function(*policy, *others, **self._length_options(mask), **self.loss_options)
-        values_P4 = torch.stack([*policy, out.chosen_rewards, out.rejected_rewards], 1).detach()
+        responses = len(mask) // len(inputs["index"])
+        sums = sum_logprobs(model, inputs, mask).chunk(responses)
+        columns = _columns(self.loss_inputs) & inputs.keys()
+        given = {name: _column(inputs[name]) for name in columns}
+        given |= zip(POLICY, sums, strict=False)
+        given |= zip(COUNTS, sequence_counts(mask).chunk(responses), strict=False)
+        if self.reference in ("adapter", "copy"):
+            ref_sums = self.reference_logprobs(model, inputs, mask).chunk(responses)
+            given |= zip(REFERENCE, ref_sums, strict=False)
+        out = self.pair_loss(given, inputs)
+        values_P4 = torch.stack([*sums[:2], out.chosen_rewards, out.rejected_rewards], 1).detach()
         if model.training:
-            self.record(inputs, out.loss, pair_metrics(values_P4))
+            own = {name: value.float().mean() for name, value in out.metrics.items()}
+            self.record(inputs, out.loss, pair_metrics(values_P4) | own)
         return (out.loss, values_P4) if return_outputs else out.loss
 
-    def _length_options(self, mask: Tensor) -> dict[str, Tensor]:
-        """IPO averages over the tokens of a completion."""
-        if self.loss_name != "ipo":
-            return {}
-        chosen_counts_P, rejected_counts_P = sequence_counts(mask).chunk(2)
-        return {"chosen_counts": chosen_counts_P, "rejected_counts": rejected_counts_P}
+    def pair_loss(self, given: dict[str, Any], inputs: dict[str, Tensor]) -> LossOutput:
+        """The loss of a batch; where a subclass adds inputs that depend on it, such as its state.
+
+        Args:
+            given: tensors by the names of the loss's arguments, and some that it has no use for.
+            inputs: the batch.
+        """
+        require_inputs(self.loss, given)
+        tensors = {name: given[name] for name in self.loss_inputs & given.keys()}
+        return loss_function(self.loss)(**tensors, **self.loss_options)
 
     @torch.no_grad()
-    def reference_logprobs(self, model, inputs, mask: Tensor) -> tuple[Tensor, ...]:
-        """Summed log-probs [P] of chosen and rejected under the reference, in nats."""
-        if self.reference == "cached":
-            return inputs["ref_logprobs"].unbind(1)
+    def reference_logprobs(self, model, inputs, mask: Tensor) -> Tensor:
+        """Summed log-probs [R P] of the responses under the reference, in nats."""
         if self.reference == "copy":
-            return sum_logprobs(self.ref_model, inputs, mask).chunk(2)
+            return sum_logprobs(self.ref_model, inputs, mask)
         with self.initial_model(model):
-            return sum_logprobs(model, inputs, mask).chunk(2)
+            return sum_logprobs(model, inputs, mask)
 
     @contextlib.contextmanager
     def initial_model(self, model):
@@ -149,8 +259,13 @@ class DPOTrainer(StatisticTrainer):
         return loss, values_P4, inputs["index"]
 
 
+def _column(values: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """A column of numbers [P], or of lists [P, J] as a sequence of [P]."""
+    return values.unbind(1) if values.ndim == 2 else values
+
+
 def sum_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """Log-probs of the completions [2 P], in nats, through the (wrapped) model's forward."""
+    """Log-probs of the completions [R P], in nats, through the (wrapped) model's forward."""
     names = ("input_ids", "attention_mask", "labels")
     logprobs_BT = model(**{name: inputs[name] for name in names}, statistic="logprobs")
     return sequence_sums(logprobs_BT, mask=mask)

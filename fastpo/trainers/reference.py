@@ -24,7 +24,7 @@ class ReferenceCacheError(RuntimeError):
     """A cache of reference log-probs is damaged or belongs to another model, data or setting."""
 
 
-def _weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
     """Over every parameter's name, shape, dtype and up to 4096 of its values, and its sum.
 
     Adapters are left out: they do not belong to the reference.
@@ -54,7 +54,7 @@ def fingerprint(trainer: DPOTrainer, rows: Dataset) -> dict[str, str]:
     """What cached values depend on, by part: model, data and settings."""
     settings = {"mixed_precision": trainer.accelerator.mixed_precision}
     return {
-        "model": _weights_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "model": weights_digest(trainer.accelerator.unwrap_model(trainer.model)),
         "data": _rows_digest(rows),
         "settings": json.dumps(settings, sort_keys=True),
     }
@@ -62,22 +62,29 @@ def fingerprint(trainer: DPOTrainer, rows: Dataset) -> dict[str, str]:
 
 @torch.no_grad()
 def compute(trainer: DPOTrainer, rows: Dataset) -> Tensor:
-    """Log-probs [P, 2] of chosen and rejected under the model without adapter, nats, on the CPU."""
-    values_P2 = torch.full((len(rows), 2), float("nan"))
+    """Log-probs [P, R] of the R responses of each row under the model as it is, nats, on the CPU.
+
+    R is 2, chosen and rejected, or 3 where the rows carry ``extra_ids``.
+    """
+    responses = 3 if "extra_ids" in rows.column_names else 2
+    values_PR = torch.full((len(rows), responses), float("nan"))
     # Not accelerator.prepare_model: a model it has seen is not wrapped for training any more.
     model = trainer.model.to(trainer.args.device)
-    with trainer.initial_model(model), trainer.accelerator.autocast():
+    was_training = model.training
+    model.eval()
+    with trainer.accelerator.autocast():
         for batch in trainer.get_eval_dataloader(rows):
             inputs = trainer._prepare_inputs(batch)
-            sums = sum_logprobs(model, inputs, shift_labels(inputs["labels"]) >= 0).chunk(2)
-            found = inputs["index"], torch.stack(sums, 1)
-            index_P, found_P2 = trainer.accelerator.gather_for_metrics(found)
-            values_P2[index_P.cpu()] = found_P2.float().cpu()
-    return values_P2
+            sums = sum_logprobs(model, inputs, shift_labels(inputs["labels"]) >= 0)
+            found = inputs["index"], torch.stack(sums.chunk(responses), 1)
+            index_P, found_PR = trainer.accelerator.gather_for_metrics(found)
+            values_PR[index_P.cpu()] = found_PR.float().cpu()
+    model.train(was_training)
+    return values_PR
 
 
 def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path) -> Dataset:
-    """``rows`` with the column ``ref_logprobs`` [2], from the cache in ``folder`` or computed.
+    """``rows`` with ``ref_chosen`` and ``ref_rejected``, from the cache in ``folder`` or computed.
 
     Args:
         trainer: whose model is the reference, before any training step.
@@ -94,7 +101,8 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
     if path.exists():
         values_P2 = _read(path, expected)
     else:
-        values_P2 = compute(trainer, rows)
+        with trainer.initial_model(trainer.model):
+            values_P2 = compute(trainer, rows)
         bad = (~values_P2.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             numbers = [rows[i]["row"] for i in bad[:10]]
@@ -106,7 +114,9 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
             save_file({"ref_logprobs": values_P2}, partial, metadata=expected)
             partial.replace(path)
     trainer.accelerator.wait_for_everyone()
-    return rows.add_column("ref_logprobs", values_P2.tolist())
+    chosen_P, rejected_P = values_P2.unbind(1)
+    rows = rows.add_column("ref_chosen", chosen_P.tolist())
+    return rows.add_column("ref_rejected", rejected_P.tolist())
 
 
 def _read(path: Path, expected: dict[str, str]) -> Tensor:

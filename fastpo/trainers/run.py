@@ -25,7 +25,7 @@ from fastpo.data.tokens import CompletionCollator, PairCollator, tokenize_rows
 from fastpo.trainers import reference
 from fastpo.trainers.checkpoints import resume_point
 from fastpo.trainers.config import ConfigError, DPOConfig, RunConfig, SFTConfig, keep_for_resume
-from fastpo.trainers.dpo import DPOTrainer, loss_arguments
+from fastpo.trainers.dpo import SUMS, DPOTrainer, loss_arguments, require_inputs
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.sft import SFTTrainer
 
@@ -134,8 +134,10 @@ def train_dpo(config: DPOConfig) -> dict[str, Any]:
         "beta": config.beta,
         "gamma": config.gamma,
         "label_smoothing": config.label_smoothing,
+        **config.loss_options,
     }
     loss_options = loss_arguments(config.loss, **options)
+    require_inputs(config.loss, SUMS)
 
     def build(model, tokenizer, args, train, held):
         trainer = DPOTrainer(

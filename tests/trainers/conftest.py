@@ -1,30 +1,12 @@
 """A tiny model folder, pairs and a config, shared by the trainer tests."""
 
-import json
-import random
-
 import pytest
+from tiny_rows import make_pairs, write_jsonl
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from fastpo.trainers import scratch
-
-WORDS = "red blue tall small old cat dog bird house tree runs sings sleeps and the".split()
-
-
-def make_pairs(count, seed=0):
-    generator = random.Random(seed)
-    text = lambda n: " ".join(generator.choices(WORDS, k=n))
-    return [
-        {"prompt": text(5), "chosen": " " + text(4), "rejected": " " + text(3)}
-        for _ in range(count)
-    ]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")

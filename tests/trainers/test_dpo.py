@@ -1,17 +1,20 @@
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
+from fastpo import losses
 from fastpo.data.records import PAIR_FIELDS, load_rows
 from fastpo.data.tokens import PairCollator, tokenize_rows
 from fastpo.trainers import config as configs
-from fastpo.trainers import run
+from fastpo.trainers import dpo, run
 from fastpo.trainers.base import NonFiniteLossError
-from fastpo.trainers.dpo import DPOTrainer, loss_arguments
+from fastpo.trainers.dpo import DPOTrainer, loss_arguments, pair_losses
 from fastpo.trainers.head import add_logprob_head
 
 
@@ -19,10 +22,11 @@ def load(options):
     return run.load_model(configs.build(configs.DPOConfig, options))
 
 
-def batch(options, count=4):
+def batch(options, count=4, extra=False):
     tokenizer = run.load_tokenizer(options["model"])
     rows, _ = tokenize_rows(load_rows(options["data"], PAIR_FIELDS), PAIR_FIELDS, tokenizer, 64)
-    return PairCollator(tokenizer.pad_token_id)([rows[i] for i in range(count)])
+    further = {"extra_ids": [5, 6, 7]} if extra else {}
+    return PairCollator(tokenizer.pad_token_id)([rows[i] | further for i in range(count)])
 
 
 def trainer(options, model, **kwargs):
@@ -31,12 +35,12 @@ def trainer(options, model, **kwargs):
     return DPOTrainer(model, args, data_collator=collator, **kwargs)
 
 
-def plain_sums(model, inputs):
+def plain_sums(model, inputs, parts=2):
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     labels = inputs["labels"][:, 1:]
     logps = logits[:, :-1].log_softmax(-1)
     picked = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return (picked * (labels >= 0)).sum(1).chunk(2)
+    return (picked * (labels >= 0)).sum(1).chunk(parts)
 
 
 def plain_dpo(model, ref, inputs, beta=0.1):
@@ -84,15 +88,117 @@ def test_only_completion_tokens_count(options):
     assert (logps[:, :-1][inputs["labels"][:, 1:] == -100] == 0).all()
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "simpo", "orpo"])
+# Options that have no default.
+NEEDED = {
+    "flex_dpo": {"beta_rejected": 0.2},
+    "modpo": {"weights": [0.5, 0.25, 0.25]},
+    "ofs_dpo": {"alpha": 0.1},
+    "r_dpo": {"alpha": 0.1},
+}
+
+
+# Their further inputs carry a gradient.
+NOT_COMPUTED = ("rrpo", "srpo", "tdpo1", "tdpo2", "tgdpo")
+
+
+@pytest.mark.parametrize("loss", pair_losses())
 def test_every_loss_trains(options, loss):
-    inputs = batch(options)
+    """With a further response and a column for each input that is not computed here."""
+    inputs = batch(options, extra=True)
+    _, wide = require_columns(loss)
+    for name in require_columns(loss)[0]:
+        inputs[name] = torch.rand(4, 2) if name in wide else torch.rand(4)
+    if loss == "beta_dpo":  # Of the batch: what fastpo.weights.BetaDPO gives.
+        inputs |= {"batch_beta": torch.tensor(0.1), "pair_weights": torch.ones(4)}
     model = load(options)
-    subject = trainer(options, model, loss=loss, loss_options={"beta": 0.5})
+    subject = trainer(options, model, loss=loss, loss_options=NEEDED.get(loss))
+    if loss in NOT_COMPUTED:
+        with pytest.raises(configs.ConfigError, match=rf"{loss} needs \w+. It is trained and not"):
+            subject.compute_loss(model, inputs)
+        return
     loss = subject.compute_loss(model, inputs)
     loss.backward()
     assert loss.isfinite()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def require_columns(loss):
+    """Inputs of a loss beside the log-probs and counts of responses; those that are sequences."""
+    parameters = inspect.signature(getattr(losses, loss)).parameters
+    known = {*dpo.POLICY, *dpo.REFERENCE, *dpo.COUNTS}
+    columns = {n: str(p.annotation) for n, p in parameters.items() if "Tensor" in str(p.annotation)}
+    columns = {name: text for name, text in columns.items() if name not in known}
+    return list(columns), [name for name, text in columns.items() if "Sequence" in text]
+
+
+def test_columns_streams_and_extra_reach_the_loss(options):
+    """What a loss gets by its arguments' names; columns never stand in for what is trained."""
+    inputs = batch(options, extra=True)
+    inputs |= {"label": torch.rand(4), "history_chosen": torch.rand(4, 3), "extra": torch.rand(4)}
+    got = {}
+
+    def loss(
+        policy_chosen: torch.Tensor,
+        policy_rejected: torch.Tensor,
+        ref_chosen: torch.Tensor,
+        rejected_counts: torch.Tensor,
+        extra: torch.Tensor,
+        ref_extra: torch.Tensor,
+        label: torch.Tensor,
+        history_chosen: list[torch.Tensor] = (),
+        history_rejected: list[torch.Tensor] = (),
+        scale: float = 1.0,
+    ):
+        got.update(locals())
+        return losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_chosen)
+
+    model = load(options)
+    subject = trainer(options, model, loss=loss, loss_options={"scale": 2.0})
+    subject.compute_loss(model, inputs)
+    rows = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    sums = plain_sums(model, rows, parts=3)
+    for name, want in zip(("policy_chosen", "policy_rejected", "extra"), sums, strict=True):
+        torch.testing.assert_close(got[name], want)
+        assert got[name].requires_grad
+    torch.testing.assert_close(got["ref_extra"], sums[2].detach())
+    assert got["label"] is inputs["label"]
+    assert [h.tolist() for h in got["history_chosen"]] == inputs["history_chosen"].T.tolist()
+    assert got["history_rejected"] == ()
+    assert got["scale"] == 2.0
+    counts = (inputs["labels"][:, 1:] >= 0).sum(1).chunk(3)
+    assert got["rejected_counts"].tolist() == counts[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("sppo", "sppo needs chosen_win_rates. Give the rows a column chosen_win_rates, a number"),
+        ("selm", "selm needs extra. Give the rows a column extra_ids, a further response"),
+        ("modpo", "modpo needs chosen_margins. Give the rows a column chosen_margins, a list per"),
+    ],
+)
+def test_a_loss_that_needs_more_is_refused_before_anything_is_loaded(options, loss, message):
+    options |= {"loss": loss, "model": "missing", "loss_options": NEEDED.get(loss, {})}
+    with pytest.raises(configs.ConfigError, match=re.escape(message)):
+        run.train_dpo(configs.build(configs.DPOConfig, options))
+
+
+def test_a_loss_without_its_reference_columns_is_refused(options):
+    model = load(options)
+    subject = trainer(options, model, loss="dpo", reference="cached")
+    match = r"dpo needs ref_chosen\. Set reference, or give the rows a column ref_chosen"
+    with pytest.raises(configs.ConfigError, match=match):
+        subject.compute_loss(model, batch(options))
+
+
+def test_the_command_line_trains_with_any_loss_over_sums(options):
+    """Options of a loss that have no flag of their own go by loss_options."""
+    more = {"loss": "discopop", "loss_options": {"tau": "1e-1"}, "max_steps": 1}
+    results = run.train_dpo(configs.build(configs.DPOConfig, options, more))
+    assert math.isfinite(results["after"]["eval_loss"])
+    with pytest.raises(configs.ConfigError, match=r"alpha: the loss r_dpo needs it.*loss_options"):
+        loss_arguments("r_dpo")
+    assert {"dpo", "ipo", "hinge", "simpo", "orpo"} <= set(dpo.LOSSES) < set(pair_losses())
 
 
 # peft warns of an adapter on a tied head; here it is the case under test.

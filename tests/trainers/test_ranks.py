@@ -32,3 +32,51 @@ def test_two_ranks_give_the_weights_of_one(options, tmp_path, reference):
     got, want = (load_file(f"{o['output']}/model.safetensors") for o in (two, options))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+RECIPE = """
+import sys
+import torch
+from tiny_rows import make_pairs
+from test_recipes import QUIET, SGD
+from transformers import AutoModelForCausalLM
+from fastpo import recipes
+from fastpo.trainers import run
+
+def letters(prompts, responses):  # No ties: as many rows as prompts, which the ranks share out.
+    return torch.tensor([[float(sum(map(ord, r))) for r in group] for group in responses])
+
+folder, output, batch = sys.argv[1:]
+training = QUIET | SGD | {"learning_rate": 0.1, "per_device_train_batch_size": int(batch)}
+recipes.iterative_dpo(
+    AutoModelForCausalLM.from_pretrained(folder), run.load_tokenizer(folder), make_pairs(8),
+    letters, output=output, rounds=2, samples=4, max_new_tokens=6, sample_batch_size=4,
+    training=training,
+)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_and_train_as_one(model_folder, tmp_path):
+    """Responses are shared out among ranks, scored once, and put together in their order."""
+    script = tmp_path / "recipe.py"
+    script.write_text(RECIPE)
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    for name, start, batch in (
+        ("one", [], 2),
+        ("two", "-m torch.distributed.run --standalone --nproc-per-node 2".split(), 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, *start, script, model_folder, tmp_path / name, str(batch)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    for part in sorted(one.glob("round-*/*samples*")):
+        assert torch.load(part) == torch.load(two / part.relative_to(one))
+    got, want = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=2e-5, msg=name)
