@@ -38,8 +38,8 @@ def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None
 
     def command(config: str | None = None, **flags: Any) -> None:
         given = {name: value for name, value in flags.items() if value is not None}
-        if "trainer" in given:
-            given["trainer"] = dict(map(_key_value, given["trainer"]))
+        for name in {"trainer", "loss_options"} & given.keys():
+            given[name] = dict(_key_value(name, text) for text in given[name])
         options = build(cls, read_yaml(config) if config else {}, given)
         from fastpo.trainers import run
 
@@ -52,7 +52,7 @@ def _command(cls: type[RunConfig], action: str, text: str) -> Callable[..., None
         default = default_of(option)
         if default not in (None, ""):
             text_of += f" [default: {default}]"
-        if name == "trainer":
+        if name in ("trainer", "loss_options"):
             kind = list[str]
         parameters.append(_parameter(name, kind, typer.Option(help=text_of)))
     command.__signature__ = inspect.Signature(parameters)
@@ -67,12 +67,12 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def _key_value(name: str, text: str) -> tuple[str, Any]:
     import yaml
 
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"trainer: expected key=value, got {text!r}.")
+        raise ConfigError(f"{name}: expected key=value, got {text!r}.")
     return key, yaml.safe_load(value)
 
 
@@ -122,6 +122,28 @@ def info() -> None:
     from fastpo import info as report
 
     report.main()
+
+
+@app.command()
+def methods(
+    key: Annotated[Optional[str], typer.Argument(help="Show one method whole.")] = None,  # noqa: UP045
+    block: Annotated[Optional[str], typer.Option(help="Only with such a block.")] = None,  # noqa: UP045
+    needs: Annotated[Optional[str], typer.Option(help="Only those that need it.")] = None,  # noqa: UP045
+    status: Annotated[Optional[str], typer.Option(help="confirmed, experimental, outside.")] = None,  # noqa: UP045
+    family: Annotated[str | None, typer.Option(help="pairwise, online, group, diffusion.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False,
+) -> None:
+    """The published methods, what they are made of and where they are in fastpo."""
+    from fastpo import methods as catalogue
+
+    if key is not None:
+        return print(catalogue.describe(catalogue.find(key)))
+    found = list(catalogue.select(block, needs, status, family))
+    if markdown:
+        return print(catalogue.markdown(found), end="")
+    for row in found:
+        names = dict.fromkeys(entry.name for entry in row.entry_points)
+        print(f"{row.key:24} {row.status:12} {', '.join(names) or row.note}")
 
 
 def main() -> None:

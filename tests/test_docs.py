@@ -12,7 +12,14 @@ import fastpo
 
 README = Path(__file__).parent.parent / "README.md"
 SKIPPED = ("_cpu", "_cuda", "_sim", "_sim_asan", "__main__")
-OPTIONAL = ("fastpo.trainers", "fastpo.integrations", "fastpo.data", "fastpo.cli", "fastpo.demo")
+OPTIONAL = (
+    "fastpo.trainers",
+    "fastpo.recipes",
+    "fastpo.integrations",
+    "fastpo.data",
+    "fastpo.cli",
+    "fastpo.demo",
+)
 
 
 def modules():

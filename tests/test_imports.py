@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fastpo"
 SOURCES = Path(__file__).parent.parent / "csrc"
 # The statistics' consumers and the specification: torch, the standard library, and each other.
-TORCH_ONLY = ("losses", "reference", "advantages", "surrogates", "weights", "tiles")
+TORCH_ONLY = ("losses", "reference", "advantages", "surrogates", "weights", "metrics", "tiles")
 OPTIONAL = ("trl", "transformers", "diffusers", "datasets", "peft", "accelerate", "verl")
 
 
@@ -45,7 +45,7 @@ def test_pure_parts_import_torch_only(part):
 
 
 def test_nobody_imports_trainers_or_integrations():
-    ends = ("trainers", "integrations", "cli", "demo", "data", "__main__")
+    ends = ("trainers", "recipes", "integrations", "cli", "demo", "data", "__main__")
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in ends:
             continue

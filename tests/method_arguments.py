@@ -1,0 +1,129 @@
+"""An example of every argument that a row of the catalogue names: small, and of the right kind."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpo.data.pairs import Pairs
+from fastpo.data.trees import Tree
+
+B, K, T, H = 3, 4, 5, 8  # pairs or prompts, responses of each, tokens, hidden size
+
+
+def _sums(*shape):
+    return lambda: -1 - 20 * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _counts(*shape):
+    return lambda: torch.full(shape, T)
+
+
+def _mask(*shape):
+    return lambda: torch.ones(shape, dtype=torch.bool)
+
+
+def _normal(*shape):
+    return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _probabilities(*shape):
+    return lambda: torch.rand(shape, generator=torch.Generator().manual_seed(2)) * 0.8 + 0.1
+
+
+def _integers(high, *shape):
+    return lambda: torch.randint(high, shape, generator=torch.Generator().manual_seed(3))
+
+
+def _preferences():
+    table = _normal(B, K, K)()
+    return torch.sigmoid(table - table.mT)
+
+
+PAIR_SUMS = (
+    "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "extra", "ref_extra",
+    "slow_chosen", "slow_rejected", "guided_chosen", "guided_rejected", "old_policy",
+    "chosen_given_rejected", "rejected_given_chosen", "chosen_given_chosen",
+    "rejected_given_rejected", "ref_chosen_given_rejected", "ref_rejected_given_chosen",
+    "ref_chosen_given_chosen", "ref_rejected_given_rejected",
+)  # fmt: skip
+PAIR_NUMBERS = (
+    "log_ratio_chosen", "log_ratio_rejected", "chosen_scores", "rejected_scores", "greedy_scores",
+    "chosen_returns", "rejected_returns", "chosen_starts", "chosen_ends", "rejected_starts",
+    "rejected_ends", "strengths", "gaps", "sample_advantages",
+)  # fmt: skip
+PAIR_SHARES = (
+    "label", "chosen_win_rates", "rejected_win_rates", "chosen_weights", "rejected_weights",
+    "reliability", "uncertainty", "kl_chosen", "kl_rejected", "success_rates",
+    "desirable_probability",
+)  # fmt: skip
+GROUP_NUMBERS = (
+    "scores", "current_scores", "initial_scores", "future_scores", "search_q",
+    "critic_q", "turn_scores", "log_ratios",
+)  # fmt: skip
+TOKEN_SUMS = ("token_logprobs", "token_ref_logprobs", "log_sum_sq_probs")
+TOKEN_NUMBERS = ("token_values", "token_returns", "token_rewards_chosen", "token_rewards_rejected")
+
+ARGUMENTS = {
+    **dict.fromkeys(PAIR_SUMS, _sums(B)),
+    **dict.fromkeys(PAIR_NUMBERS, _normal(B)),
+    **dict.fromkeys(PAIR_SHARES, _probabilities(B)),
+    **dict.fromkeys(GROUP_NUMBERS, _normal(B, K)),
+    **dict.fromkeys(TOKEN_SUMS, _sums(B, T)),
+    **dict.fromkeys(TOKEN_NUMBERS, _normal(B, T)),
+    **dict.fromkeys(("chosen_counts", "rejected_counts", "prefix_counts"), _counts(B)),
+    **dict.fromkeys(("chosen_mask", "rejected_mask", "action_mask", "state_mask"), _mask(B, T)),
+    **dict.fromkeys(("chosen_tokens", "rejected_tokens"), _integers(9, B, T)),
+    **dict.fromkeys(("chosen_visits", "rejected_visits"), _integers(9, B)),
+    **dict.fromkeys(("is_bought", "meets_requirement"), _mask(B)),
+    **dict.fromkeys(("chosen_hidden", "rejected_hidden"), _normal(20, H)),
+    **dict.fromkeys(("chosen_embeddings", "rejected_embeddings"), _normal(B, H)),
+    **dict.fromkeys(("chosen_ensemble", "rejected_ensemble"), _normal(B, 10)),
+    **dict.fromkeys(("group_policy", "group_ref"), _sums(B, K)),
+    **dict.fromkeys(("paid", "cheapest"), lambda: torch.tensor([900.0, 800.0, 700.0])),
+    **dict.fromkeys(("log_p", "log_q"), lambda: _normal(B, 9)().log_softmax(-1)),
+    **dict.fromkeys(("desirable", "kept"), lambda: torch.tensor([True, False, True])),
+    **dict.fromkeys(("first_logprobs", "second_logprobs"), _sums(B, K, K)),
+    **dict.fromkeys(("kl_estimate", "delta"), lambda: torch.zeros(())),
+    **dict.fromkeys(("node_q", "node_v"), lambda: torch.tensor([0.1, 0.6, 0.4, 0.9])),
+    **dict.fromkeys(("node_visits", "parent_visits"), lambda: torch.tensor([4, 3, 1, 2])),
+    **dict.fromkeys(("history_chosen", "history_rejected"), lambda: [_sums(B)(), _sums(B)()]),
+    **dict.fromkeys(("chosen_margins", "rejected_margins"), lambda: [_normal(B)()]),
+    "objective_weights": lambda: (0.6, 0.4),
+    "hidden": _normal(B, T, H),
+    "ref_hidden": _normal(B, T, H),
+    "weight": _normal(30, H),
+    "targets": _integers(30, B, T),
+    "group_counts": _counts(B, K),
+    "rates": _probabilities(B, K),
+    "fits": lambda: torch.tensor([[1.0, 0.0, 1.0]]),
+    "two_scores": _normal(B, 2),
+    "is_student": _mask(B, K),
+    "passed": _mask(B, K),
+    "kl": _probabilities(B, K),
+    "kl_max": lambda: 10.0,
+    "rewards": _probabilities(B),
+    "reward_table": lambda: 1 + _probabilities(B, 2)(),
+    "judgements": _normal(B, K, 3),
+    "preferences": _preferences,
+    "game_policy": lambda: torch.full((3,), 1 / 3).log(),
+    "game_ref": lambda: torch.full((3,), 1 / 3).log(),
+    "game_preferences": lambda: _preferences()[0, :3, :3],
+    "class_probs": lambda: _normal(10, B, 2)().softmax(-1),
+    "batch_beta": lambda: torch.tensor(0.1),
+    "phrase_ids": _integers(3, B, T),
+    "activations": _normal(B, T, H),
+    "singular_values": _probabilities(50),
+    "features": _normal(K, H),
+    "feature_weights": _normal(H),
+    "ranking": lambda: torch.tensor([2, 0]),
+    "embeddings": _normal(6, H),
+    "is_soft": lambda: torch.tensor([True, True, True, False, False, False]),
+    "passes": lambda: _integers(2, B, K, 3)() == 1,
+    "step_verdicts": lambda: _integers(2, B, K)() == 1,
+    "compare": lambda: lambda first, second: torch.full(first.shape, 0.7),
+    "tree": lambda: Tree(
+        torch.tensor([-1, 0, 0, 1]), torch.tensor([0.2, 0.7, 0.4, 0.9]), torch.tensor([4, 3, 1, 2])
+    ),
+    "tree_parent": lambda: torch.tensor([-1, 0, 0, 0]),
+    "pairs": lambda: Pairs(torch.arange(B), torch.zeros(B).long(), torch.ones(B).long()),
+}

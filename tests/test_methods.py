@@ -1,0 +1,86 @@
+"""The catalogue: complete, importable, callable as it says, and the README's table comes of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from method_arguments import ARGUMENTS
+from typer.testing import CliRunner
+
+from fastpo import methods
+from fastpo.cli import app
+
+README = Path(__file__).parent.parent / "README.md"
+FAMILIES = {"pairwise": 38, "online": 29, "diffusion": 25, "group": 18}  # at least, as of 2026
+CALLS = [
+    pytest.param(entry, id=f"{row.key}-{entry.name}")
+    for row in methods.rows()
+    for entry in row.entry_points
+]
+
+
+def test_every_method_of_the_field_has_a_row():
+    keys = [row.key for row in methods.rows()]
+    assert len(set(keys)) == len(keys)
+    for family, count in FAMILIES.items():
+        assert len(list(methods.select(family=family))) >= count
+
+
+@pytest.mark.parametrize("row", methods.rows(), ids=lambda row: row.key)
+def test_row_is_complete(row):
+    assert row.title
+    assert 2020 < row.year < 2030
+    assert row.arxiv == "" or re.fullmatch(r"\d{4}\.\d{5}", row.arxiv)
+    assert row.blocks
+    assert row.status in methods.STATUSES
+    if row.status == "outside" or not row.entry_points:
+        assert row.note, "why there is nothing to call"
+    if row.spec.split()[0] in ("pairwise", "online") and row.status != "outside":
+        assert row.entry_points
+
+
+@pytest.mark.parametrize("entry", CALLS)
+def test_entry_point_takes_the_arguments_its_row_declares(entry):
+    function = entry.load()
+    if entry.name.startswith("recipes."):  # tests/trainers runs them; here there is no model
+        inspect.signature(function).bind("model", "tokenizer", ["prompt"], score=len, output="run")
+        return
+    function(*(ARGUMENTS[name]() for name in entry.arguments), **entry.options)
+
+
+def test_what_is_experimental_says_so_in_its_docstring():
+    confirmed = {
+        entry.name for row in methods.select(status="confirmed") for entry in row.entry_points
+    }
+    for row in methods.select(status="experimental", built=True):
+        own = [entry for entry in row.entry_points if entry.name not in confirmed]
+        texts = [entry.load().__doc__ for entry in own]
+        assert not own or any("xperimental" in text for text in texts) or row.note, row.key
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(ValueError, match=r"got 'simpoo'.*simpo"):
+        methods.find("simpoo")
+
+
+def test_command_prints_and_filters():
+    everything = CliRunner().invoke(app, ["methods"])
+    assert everything.exit_code == 0
+    assert all(row.key in everything.output for row in methods.rows())
+    some = CliRunner().invoke(
+        app, ["methods", "--needs", "full vocabulary", "--family", "pairwise"]
+    )
+    assert "sparse_po" in some.output
+    assert "simpo" not in some.output
+    one = CliRunner().invoke(app, ["methods", "inpo"])
+    assert "2407.00617" in one.output
+    assert "losses.inpo(" in one.output
+
+
+def test_readme_has_the_generated_table():
+    begin, end = "<!-- fastpo methods --markdown -->\n", "<!-- end -->"
+    table = README.read_text().partition(begin)[2].partition(end)[0]
+    assert table.strip() == methods.markdown(methods.rows()).strip()
