@@ -106,7 +106,7 @@ def _truth(kind: str, models: Models) -> tuple[torch.Tensor, ...]:
         value += loss.item()
         parts.append(dhidden_nH)
         dweight_VH += dweight
-    return torch.tensor(value), torch.cat(parts), dweight_VH
+    return torch.tensor(value, dtype=torch.float64), torch.cat(parts), dweight_VH
 
 
 def _step(function, kind: str, models: Models, head: str) -> tuple[torch.Tensor, ...]:

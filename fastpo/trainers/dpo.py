@@ -17,7 +17,7 @@ from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
 from fastpo.trainers.base import StatisticTrainer
 from fastpo.trainers.config import ConfigError
-from fastpo.trainers.head import shift_labels
+from fastpo.trainers.head import Reference, shift_labels
 
 Loss = str | Callable[..., LossOutput]
 
@@ -25,13 +25,12 @@ Loss = str | Callable[..., LossOutput]
 POLICY = ("policy_chosen", "policy_rejected", "extra")
 REFERENCE = ("ref_chosen", "ref_rejected", "ref_extra")
 COUNTS = ("chosen_counts", "rejected_counts", "extra_counts")
+# Sums over tokens of KL(reference || policy) over the whole vocabulary.
+KLS = ("kl_chosen", "kl_rejected", "kl_extra")
 # Those that rows of a prompt, a chosen and a rejected completion give.
-SUMS = tuple(names[i] for names in (POLICY, REFERENCE, COUNTS) for i in range(2))
+SUMS = tuple(names[i] for names in (POLICY, REFERENCE, COUNTS, KLS) for i in range(2))
 # Inputs that carry a gradient: a column of numbers in their place would be silently wrong.
-TRAINED = {
-    *POLICY, "nll_sums", "nll_counts", "kl_chosen", "kl_rejected", "guided_chosen",
-    "guided_rejected",
-}  # fmt: skip
+TRAINED = {*POLICY, *KLS, "nll_sums", "nll_counts", "guided_chosen", "guided_rejected"}
 REFERENCES = ("adapter", "copy", "cached")
 
 
@@ -150,7 +149,8 @@ class DPOTrainer(StatisticTrainer):
     The loss gets, by its arguments' names: summed log-probs and token counts of the responses, and
     every column of the rows that is named as one of its arguments: ``label``, ``chosen_scores``,
     ``ref_chosen``, ``history_chosen`` (a list per pair), and so on. ``extra`` and ``ref_extra`` are
-    log-probs of ``extra_ids``, a further response.
+    log-probs of ``extra_ids``, a further response; ``kl_chosen`` and ``kl_rejected`` are sums over
+    tokens of KL(reference || policy) over the vocabulary, computed for the losses that take them.
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
@@ -195,7 +195,11 @@ class DPOTrainer(StatisticTrainer):
             )
         super().__init__(model, args, compute_metrics=_evaluation_metrics, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.reference = reference if self.loss_inputs & set(REFERENCE) else None
+        self.reference = reference if self.loss_inputs & {*REFERENCE, *KLS} else None
+        self.needs_kl = bool(self.loss_inputs & set(KLS))
+        if self.needs_kl and reference == "cached":
+            remedy = "Use adapter or copy: stored log-probs are of single tokens."
+            raise ConfigError(f"reference: the loss {loss} needs the whole vocabulary's. {remedy}")
         self.ref_model = None
         if self.reference == "copy":
             frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -205,14 +209,20 @@ class DPOTrainer(StatisticTrainer):
         """Loss of a :class:`fastpo.data.tokens.PairCollator` batch; outputs are [P, 4] values."""
         mask = shift_labels(inputs["labels"]) >= 0
         responses = len(mask) // len(inputs["index"])
-        sums = sum_logprobs(model, inputs, mask).chunk(responses)
         columns = _columns(self.loss_inputs) & inputs.keys()
         given = {name: _column(inputs[name]) for name in columns}
-        given |= zip(POLICY, sums, strict=False)
         given |= zip(COUNTS, sequence_counts(mask).chunk(responses), strict=False)
+        reference = None
         if self.reference in ("adapter", "copy"):
-            ref_sums = self.reference_logprobs(model, inputs, mask).chunk(responses)
-            given |= zip(REFERENCE, ref_sums, strict=False)
+            ref_sums, reference = self.reference_statistics(model, inputs, mask)
+            given |= zip(REFERENCE, ref_sums.chunk(responses), strict=False)
+        if self.needs_kl:
+            both = statistic(model, inputs, "logprobs_and_kl", reference=reference)
+            sums, kls = (sequence_sums(x_BT, mask=mask).chunk(responses) for x_BT in both)
+            given |= zip(KLS, kls, strict=False)
+        else:
+            sums = sum_logprobs(model, inputs, mask).chunk(responses)
+        given |= zip(POLICY, sums, strict=False)
         out = self.pair_loss(given, inputs)
         values_P4 = torch.stack([*sums[:2], out.chosen_rewards, out.rejected_rewards], 1).detach()
         if model.training:
@@ -232,12 +242,16 @@ class DPOTrainer(StatisticTrainer):
         return loss_function(self.loss)(**tensors, **self.loss_options)
 
     @torch.no_grad()
-    def reference_logprobs(self, model, inputs, mask: Tensor) -> Tensor:
-        """Summed log-probs [R P] of the responses under the reference, in nats."""
-        if self.reference == "copy":
-            return sum_logprobs(self.ref_model, inputs, mask)
-        with self.initial_model(model):
-            return sum_logprobs(model, inputs, mask)
+    def reference_statistics(self, model, inputs, mask: Tensor) -> tuple[Tensor, Reference | None]:
+        """Summed log-probs [R P] under the reference, in nats, and what a KL to it needs."""
+        is_copy = self.reference == "copy"
+        with (
+            contextlib.nullcontext(self.ref_model) if is_copy else self.initial_model(model) as ref
+        ):
+            if not self.needs_kl:
+                return sum_logprobs(ref, inputs, mask), None
+            logprobs_BT, reference = statistic(ref, inputs, "reference")
+            return sequence_sums(logprobs_BT, mask=mask), reference
 
     @contextlib.contextmanager
     def initial_model(self, model):
@@ -264,11 +278,15 @@ def _column(values: Tensor) -> Tensor | tuple[Tensor, ...]:
     return values.unbind(1) if values.ndim == 2 else values
 
 
-def sum_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """Log-probs of the completions [R P], in nats, through the (wrapped) model's forward."""
+def statistic(model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **more: Any) -> Any:
+    """A statistic of :mod:`fastpo.trainers.head`, through the (wrapped) model's forward."""
     names = ("input_ids", "attention_mask", "labels")
-    logprobs_BT = model(**{name: inputs[name] for name in names}, statistic="logprobs")
-    return sequence_sums(logprobs_BT, mask=mask)
+    return model(**{n: inputs[n] for n in names}, statistic=name, **more)
+
+
+def sum_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """Log-probs of the completions [R P], in nats."""
+    return sequence_sums(statistic(model, inputs, "logprobs"), mask=mask)
 
 
 def pair_metrics(values_P4: Tensor) -> dict[str, Tensor]:

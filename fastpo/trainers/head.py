@@ -8,7 +8,7 @@ ever.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,17 @@ from torch import Tensor, nn
 import fastpo
 from fastpo.data.tokens import IGNORED
 
+STATISTICS = ("logprobs", "nll_sum", "reference", "logprobs_and_kl")
 # Config entries that multiply the logits, in transformers' models.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+class Reference(NamedTuple):
+    """What the divergence of another model from this one needs: hidden states and the head."""
+
+    hidden_BTH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -83,8 +92,16 @@ def _head(model: nn.Module) -> tuple[Tensor, Tensor | None, fastpo.LoRA | None]:
     return weight, bias, lora
 
 
-def _statistic(model: nn.Module, statistic: str, labels: Tensor, **inputs: Tensor) -> Tensor:
-    """Log-probs [B, T] of the next labels, or their summed NLL [], without logits."""
+def _statistic(
+    model: nn.Module,
+    statistic: str,
+    labels: Tensor,
+    reference: Reference | None = None,
+    **inputs: Tensor,
+) -> Any:
+    """One of ``STATISTICS``, without logits."""
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}.")
     backbone = getattr(model, model.base_model_prefix)
     hidden_BTH = backbone(**inputs, use_cache=False).last_hidden_state
     weight_VH, bias_V, lora = _head(model)
@@ -99,18 +116,30 @@ def _statistic(model: nn.Module, statistic: str, labels: Tensor, **inputs: Tenso
         return fastpo.linear_nll(
             hidden_BTH, weight_VH, targets_BT, bias_V, reduction="sum", **options
         )
-    logprobs_BT = fastpo.linear_logprobs(
-        hidden_BTH, weight_VH, targets_BT, bias_V, lora=lora, **options
-    )
-    return -logprobs_BT.sum() if statistic == "nll_sum" else logprobs_BT
+    options["lora"] = lora
+    logprobs_BT = fastpo.linear_logprobs(hidden_BTH, weight_VH, targets_BT, bias_V, **options)
+    if statistic == "nll_sum":
+        return -logprobs_BT.sum()
+    if statistic == "reference":
+        return logprobs_BT, Reference(hidden_BTH, weight_VH, bias_V)
+    if statistic == "logprobs_and_kl":
+        kl_BT = fastpo.linear_divergence(
+            hidden_BTH, weight_VH, *reference[:2], bias_V, reference.bias_V,
+            kind="forward_kl", mask=targets_BT != IGNORED, **options,
+        )  # fmt: skip
+        return logprobs_BT, kl_BT
+    return logprobs_BT
 
 
 def add_logprob_head(model: nn.Module) -> nn.Module:
     """Let ``model(..., labels=labels, statistic="logprobs")`` return log-probs; call before peft.
 
     ``statistic="logprobs"`` gives [B, T] float32, at position t the log-prob in nats of label
-    t + 1, 0 where that label is -100; ``"nll_sum"`` gives the negative sum of these. Without
-    ``statistic`` the forward is the model's own. The class of the model becomes a subclass of
+    t + 1, 0 where that label is -100; ``"nll_sum"`` gives the negative sum of these.
+    ``"reference"`` gives the log-probs and a :class:`Reference`, and ``"logprobs_and_kl"`` with
+    ``reference=`` such a one of a model with the same vocabulary gives the log-probs and the
+    KL(reference || model) [B, T] over the vocabulary, in nats, 0 likewise. Without ``statistic``
+    the forward is the model's own. The class of the model becomes a subclass of
     the same name, so copies, checkpoints and generation work as before.
 
     Args:

@@ -98,7 +98,7 @@ NEEDED = {
 
 
 # Their further inputs carry a gradient.
-NOT_COMPUTED = ("rrpo", "srpo", "tdpo1", "tdpo2", "tgdpo")
+NOT_COMPUTED = ("srpo", "tgdpo")
 
 
 @pytest.mark.parametrize("loss", pair_losses())
@@ -125,7 +125,7 @@ def test_every_loss_trains(options, loss):
 def require_columns(loss):
     """Inputs of a loss beside the log-probs and counts of responses; those that are sequences."""
     parameters = inspect.signature(getattr(losses, loss)).parameters
-    known = {*dpo.POLICY, *dpo.REFERENCE, *dpo.COUNTS}
+    known = {*dpo.POLICY, *dpo.REFERENCE, *dpo.COUNTS, *dpo.KLS}
     columns = {n: str(p.annotation) for n, p in parameters.items() if "Tensor" in str(p.annotation)}
     columns = {name: text for name, text in columns.items() if name not in known}
     return list(columns), [name for name, text in columns.items() if "Sequence" in text]
@@ -167,6 +167,39 @@ def test_columns_streams_and_extra_reach_the_loss(options):
     assert got["scale"] == 2.0
     counts = (inputs["labels"][:, 1:] >= 0).sum(1).chunk(3)
     assert got["rejected_counts"].tolist() == counts[1].tolist()
+
+
+def plain_kl(model, ref, inputs):
+    """KL(ref || model) summed over the tokens of each response, from both logits."""
+    names = ("input_ids", "attention_mask")
+    log_p, log_q = (m(**{n: inputs[n] for n in names}).logits.log_softmax(-1) for m in (model, ref))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)[:, :-1]
+    return (kl * (inputs["labels"][:, 1:] >= 0)).sum(1).chunk(2)
+
+
+@pytest.mark.parametrize("reference", ["copy", "adapter"])
+def test_losses_over_the_vocabulary_get_their_divergence(options, reference):
+    """TDPO from both models' logits, and its gradients."""
+    if reference == "adapter":
+        options |= {"lora_r": 4}
+    inputs, model = batch(options), load(options)
+    subject = trainer(options, model, loss="tdpo2", reference=reference)
+    ref = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    loss = subject.compute_loss(model, inputs)
+    sums = [*plain_sums(model, inputs), *(x.detach() for x in plain_sums(ref, inputs))]
+    want = losses.tdpo2(*sums, *plain_kl(model, ref, inputs)).loss
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for got, expected in zip(*(torch.autograd.grad(x, trained) for x in (loss, want)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_divergence_needs_the_reference_itself(options):
+    with pytest.raises(configs.ConfigError, match=r"reference: the loss tdpo1 needs the whole voc"):
+        trainer(options, load(options), loss="tdpo1", reference="cached")
 
 
 @pytest.mark.parametrize(
