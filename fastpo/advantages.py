@@ -75,6 +75,8 @@ def rloo(
     """
     if not 0 <= beta < math.inf:
         raise _fail("rloo", "beta", "a finite number >= 0", beta, "0 leaves the KL out.")
+    if reward_range is not None and not reward_range[0] <= reward_range[1]:
+        raise _fail("rloo", "reward_range", "lowest, highest", reward_range, "Swap them.")
     kl = torch.zeros_like(rewards) if kl is None else kl
     _check_shapes("rloo", "P, G", rewards=rewards, kl=kl)
     rewards_PG, kl_PG = _floats(rewards, kl)

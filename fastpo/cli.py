@@ -137,8 +137,15 @@ def methods(
     from fastpo import methods as catalogue
 
     if key is not None:
-        return print(catalogue.describe(catalogue.find(key)))
+        try:
+            row = catalogue.find(key)
+        except ValueError as error:
+            raise ConfigError(str(error).partition(": ")[2]) from None
+        return print(catalogue.describe(row))
     found = list(catalogue.select(block, needs, status, family))
+    if not found:
+        remedy = "`fastpo methods` shows all, `fastpo methods KEY` the words of one."
+        raise ConfigError(f"methods: none has all of this. {remedy}")
     if markdown:
         return print(catalogue.markdown(found), end="")
     for row in found:

@@ -86,8 +86,8 @@ def linear_divergence(
     ref_weight and ref_bias requires it; the reference is a constant if it is passed without. No
     second derivatives. In matrix passes of ``2 N H V`` FLOP over the unmasked tokens, forward and
     backward together, with a gradient to the policy (to both): 2 without a gradient, 3 (4) with
-    frozen heads, 5 (6) with a LoRA on one, 6 (8) with trained heads, of which the two for the
-    logits fall away in backward if all logits fit the workspace.
+    frozen heads, 5 (6) with a LoRA on one, 6 (8) with trained heads. Of the last two, the two
+    passes that make the logits again fall away for the tokens whose logits the workspace holds.
 
     Args:
         hidden: [..., H] the policy's, float32, bfloat16, float16 or float64.
@@ -166,12 +166,12 @@ def linear_divergence(
     hidden_needs = [needs[0], needs[5]]
     frozen = lora is None and sum(hidden_needs) == sum(needs)
     unit_grads = hidden_needs if frozen else [False, False]
-    save_logits = False
+    rows_to_save = 0
     if any(needs) and not frozen:
-        save_logits = divergence_plans.logits_fit(policy[0], policy[1].shape[0], budget)
+        rows_to_save = divergence_plans.rows_to_save(policy[0], policy[1].shape[0], budget)
     divergences_N, *_ = _linear_divergence(
         *tensors, None if mask is None else mask.reshape(-1), lora_scale, *transform,
-        kind, alpha, budget, unit_grads, save_logits,
+        kind, alpha, budget, unit_grads, rows_to_save,
     )  # fmt: skip
     return divergences_N.view(shape)
 

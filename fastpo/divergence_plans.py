@@ -4,8 +4,9 @@
 would take a second pass of each product. ``forward`` instead holds the logits of a few rows whole:
 two passes, one for each model. With frozen heads it then turns them into gradients in place: one
 pass more for each hidden state that wants one, and none in ``backward``. With a trained head
-``backward`` makes the logits again unless all of them were kept, and goes by slices of the
-vocabulary, so that each row of a weight's gradient is written once.
+``backward`` makes the logits again, but for the first rows, whose logits were kept as far as the
+budget goes. It goes by slices of the vocabulary, so that each row of a weight's gradient is written
+once.
 
 Masked rows never enter a product, rows without an upstream gradient never the backward's.
 """
@@ -122,25 +123,28 @@ def _block_rows(pair: Pair, count: int, workspace_bytes: int, wanted: Sequence[b
     rows = workspace_bytes // (padded(pair.vocab) * pair.element_bytes(wanted))
     align = _ROWS[pair.device.type]
     align = align if rows >= align else _FEWEST_ROWS
-    return max(min(max(rows - rows % align, _FEWEST_ROWS), count), 1)
+    rows = max(rows - rows % align, _FEWEST_ROWS)
+    even = -(-count // max(-(-count // rows), 1))  # not most of them and a thin rest
+    return max(min(-(-even // align) * align, count), 1)
 
 
-def logits_fit(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> bool:
-    """Whether the budget holds all logits of both models, beside a tile for each in backward."""
+def rows_to_save(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int:
+    """Rows whose logits, of both models, the budget holds beside a tile of each in backward."""
     N, (dtype, device) = hidden_NH.shape[0], (hidden_NH.dtype, hidden_NH.device)
     element_bytes = 2 * plans.logit_bytes(dtype, device)
     _, _, tile_bytes = plans.tile_shape(N, vocab, workspace_bytes, element_bytes, device)
-    all_bytes = 2 * N * padded(vocab) * plans.accumulation_dtype(dtype).itemsize
-    return all_bytes + tile_bytes <= workspace_bytes
+    row_bytes = 2 * padded(vocab) * plans.accumulation_dtype(dtype).itemsize
+    rows = max(workspace_bytes - tile_bytes, 0) // row_bytes
+    return N if rows >= N else rows - rows % _ROWS[device.type]
 
 
 def forward(
     hidden, weight, bias, lora_a, lora_b, ref_hidden, ref_weight, ref_bias, mask, lora_scale,
-    scale, softcap, temperature, kind, alpha, workspace_bytes, unit_grads, save_logits,
+    scale, softcap, temperature, kind, alpha, workspace_bytes, unit_grads, rows_to_save,
 ):  # fmt: skip
-    """Divergences [N], what the kernels keep of rows [6, N], unit gradients and kept logits.
+    """Divergences [N], what the kernels keep of rows [6, N], unit gradients and saved logits.
 
-    Kept rows and logits hold the unmasked rows only, in their order.
+    Kept rows and logits hold the unmasked rows only, in their order; the logits the first of them.
     """
     N, (inputs, device) = hidden.shape[0], ((hidden, ref_hidden), hidden.device)
     pair = Pair(
@@ -159,16 +163,9 @@ def forward(
     ]
     # A zero gives a zero gradient, where masked rows cannot be left out.
     ones_N = torch.ones_like(divergences_N) if mask is None else mask.to(acc)
-    block_rows = _block_rows(pair, rows.count, workspace_bytes, unit_grads)
-    saved_N2V = torch.empty((N if save_logits else 0, 2, padded(vocab)), dtype=acc, device=device)
-    saved_N2V[rows.count :] = 0
-    saved_N2V[:, :, vocab:] = 0
-    if not save_logits:
-        buffers = Buffers(pair, unit_grads, block_rows, vocab)
 
-    for first, last in plans.spans(0, rows.count, block_rows):
+    def score(first: int, last: int, logits_n2V: torch.Tensor) -> None:
         n = last - first
-        logits_n2V = saved_N2V[first:last, :, :vocab] if save_logits else buffers.logits(n, vocab)
         hiddens = [
             rows.take(x, first, last).to(head.compute)
             for x, head in zip(inputs, pair.heads, strict=True)
@@ -188,9 +185,23 @@ def forward(
             for unit_NH, dhidden_nH in zip(units_NH, _times_weights(pair, dlogits), strict=True):
                 if dhidden_nH is not None:
                     rows.scatter(dhidden_nH, unit_NH, first, last)
+
+    saved = min(rows_to_save, rows.count)
+    if saved < rows.count:
+        # First the others, which so have all of the budget, too.
+        block_rows = _block_rows(pair, rows.count - saved, workspace_bytes, unit_grads)
+        buffers = Buffers(pair, unit_grads, block_rows, vocab)
+        for first, last in plans.spans(saved, rows.count, block_rows):
+            score(first, last, buffers.logits(last - first, vocab))
+        del buffers
+    saved_S2V = torch.empty((rows_to_save, 2, padded(vocab)), dtype=acc, device=device)
+    saved_S2V[rows.count :] = 0
+    saved_S2V[:, :, vocab:] = 0
+    if saved:
+        score(0, saved, saved_S2V[:saved, :, :vocab])
     if mask is not None:
         divergences_N.masked_fill_(~mask, 0)
-    return divergences_N, rows_RN, *units_NH, saved_N2V
+    return divergences_N, rows_RN, *units_NH, saved_S2V
 
 
 def _times_weights(pair: Pair, dlogits) -> list[torch.Tensor | None]:
@@ -221,16 +232,21 @@ def backward(
     kernels = backends.kernels(device)
     if mask is not None:
         grads = torch.where(mask, grads, 0.0)
-    rows = plans.Rows(plans.kept(grads != 0), N)
+    keep_N = grads != 0
+    rows = plans.Rows(plans.kept(keep_N), N, keep_N)
     saved_rows = rows
     if mask is not None and rows.index is not None:
         saved_rows = plans.Rows((mask.cumsum(0) - 1).index_select(0, rows.index), N)
 
+    saved = min(saved_logits.shape[0], rows.count)  # of the rows, the first ones
+    if 0 < saved_logits.shape[0] < N and saved_rows.index is not None:
+        saved = int((saved_rows.index < saved_logits.shape[0]).sum())
+
     wanted = [any(needs[:5]), any(needs[5:])]
-    element_bytes = pair.element_bytes(wanted)
     block_rows, columns, _ = plans.tile_shape(
-        rows.count, pair.vocab, workspace_bytes, element_bytes, device
-    )
+        rows.count, pair.vocab, workspace_bytes - saved_logits.nbytes, pair.element_bytes(wanted),
+        device,
+    )  # fmt: skip
     tensors = (hidden, weight, bias, lora_a, lora_b, ref_hidden, ref_weight, ref_bias, None, None)
     policy, ref = sides = [
         plans.Gradients(
@@ -246,10 +262,10 @@ def backward(
 
     for start, stop in plans.spans(0, pair.vocab, columns):
         weights = pair.weights(start, stop)
-        for first, last in plans.spans(0, rows.count, block_rows):
+        for first, last in plans.slices(rows.count, block_rows, saved):
             n, v, block = last - first, stop - start, slice(first, last)
             (hidden_nH, lora_nr), (ref_nH, _) = inputs = [s.take(first, last) for s in sides]
-            if saved_logits.shape[0]:
+            if last <= saved:
                 logits_n2v = saved_rows.take(saved_logits[:, :, start:stop], first, last)
             else:
                 out_n2v = buffers.logits(n, v)

@@ -79,14 +79,15 @@ def _divergence_backward_flops(*arguments, out_val=None) -> int:
     """As above; rows without an upstream gradient enter none."""
     hidden, weight, _, lora_a, _, _, ref_weight, _, mask = arguments[:9]
     saved_logits, grads, needs = arguments[-3:]
-    rows = hidden.shape[0]
+    rows, saved = hidden.shape[0], saved_logits.shape[0]
     if not isinstance(grads, torch._subclasses.FakeTensor):
-        moved = grads != 0
-        rows = int((moved if mask is None else moved & mask).sum())
-    recomputed = saved_logits.shape[0] == 0
+        mask = torch.ones_like(grads, dtype=torch.bool) if mask is None else mask
+        moved = (grads != 0) & mask
+        rows, saved = int(moved.sum()), int((moved & (mask.cumsum(0) <= saved)).sum())
     (V, H), r = weight.shape, 0 if lora_a is None else lora_a.shape[0]
     needs_hidden, needs_weight, _, needs_a, needs_b, *ref_needs = needs
-    products = V * H * (recomputed + needs_hidden + needs_weight)
-    products += ref_weight.numel() * (recomputed + ref_needs[0] + ref_needs[1])
-    lora = H + V * (recomputed + (needs_a or needs_hidden) + needs_b)
-    return 2 * rows * (products + r * (lora + H * (needs_a + needs_hidden)))
+    products = V * H * (needs_hidden + needs_weight)
+    products += ref_weight.numel() * (ref_needs[0] + ref_needs[1])
+    lora = H * (1 + needs_a + needs_hidden) + V * ((needs_a or needs_hidden) + needs_b)
+    recomputed = V * (H + r) + ref_weight.numel()
+    return 2 * (rows * (products + r * lora) + (rows - saved) * recomputed)

@@ -45,9 +45,14 @@ def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + step, stop)
 
 
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, when the host may not wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def kept(keep_N: torch.Tensor) -> torch.Tensor | None:
     """Indices of the rows to keep, None when that is all of them."""
-    if keep_N.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(keep_N):
         return None
     rows = keep_N.nonzero().squeeze(1)
     return None if rows.shape[0] == keep_N.shape[0] else rows
@@ -56,15 +61,26 @@ def kept(keep_N: torch.Tensor) -> torch.Tensor | None:
 class Rows:
     """The kept rows of [N] and [N, ...] tensors, gathered block by block."""
 
-    def __init__(self, rows: torch.Tensor | None, N: int) -> None:
+    def __init__(
+        self, rows: torch.Tensor | None, N: int, keep_N: torch.Tensor | None = None
+    ) -> None:
         self.index = rows
         self.count = N if rows is None else rows.shape[0]
+        # Where rows to be dropped could not be.
+        self._keep_N = keep_N if keep_N is not None and capturing(keep_N) else None
 
     def take(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Kept rows ``start .. stop`` of a tensor [N, ...]."""
         if self.index is None:
             return tensor[start:stop]
         return tensor.index_select(0, self.index[start:stop])
+
+    def take_to_sum(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """As ``take``, for a product that sums over rows: those to be dropped are 0, never NaN."""
+        taken = self.take(tensor, start, stop)
+        if self._keep_N is None:
+            return taken
+        return taken.masked_fill(~self._keep_N[start:stop, None], 0)
 
     def take_all(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """All kept rows."""
@@ -308,7 +324,7 @@ class Gradients:
         return self.hidden.new_zeros(shape, dtype=self.head.acc) if wanted else None
 
     def _take_hidden(self, first: int, last: int) -> torch.Tensor:
-        return self.rows.take(self.hidden, first, last).to(self.head.compute)
+        return self.rows.take_to_sum(self.hidden, first, last).to(self.head.compute)
 
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states of kept rows ``first .. last``, and their LoRA branch."""
@@ -375,7 +391,8 @@ def backward(
     for grad_N in (grad_logprobs, grad_lse, grad_entropy):
         if grad_N is not None:
             moved_N |= grad_N != 0
-    rows = Rows(kept(active_N & moved_N), N)
+    keep_N = active_N & moved_N
+    rows = Rows(kept(keep_N), N, keep_N)
     saved_rows = Rows(None, N)  # saved logits hold the active rows only, in their order
     if saved_columns and rows.index is not None:
         saved_rows = Rows((active_N.cumsum(0) - 1).index_select(0, rows.index), N)

@@ -103,6 +103,7 @@ def test_beta_dpo_goes_on_from_a_checkpoint():
     "options",
     [
         dict(beta=0.0),
+        dict(alpha=math.nan),
         dict(momentum=1.5),
         dict(drop_share=1.0),
         dict(all_reduce=lambda x: x),
@@ -194,6 +195,25 @@ def test_state_dicts_and_casts(make, step, tmp_path):
     narrow = torch.nn.ModuleList([other]).to(torch.bfloat16)
     for got, want in zip(narrow.buffers(), module.buffers(), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("make", [BetaDPO, RePO, lambda: DynamicLabels(4)])
+def test_memory_is_float32_whatever_the_default(make):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in module.buffers()} == {torch.float32}
+
+
+def test_eta_is_not_rounded_by_autocast():
+    posteriors, annotators = torch.tensor([0.92345, 0.8765, 0.7777]), torch.tensor([0, 1, 0])
+    plain, cast = RePO(2), RePO(2)
+    plain.update(posteriors, annotators)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.update(posteriors, annotators)
+    assert torch.equal(cast.eta, plain.eta)
 
 
 # Ranks

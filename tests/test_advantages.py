@@ -225,6 +225,10 @@ def test_compiles_to_one_graph():
         (lambda x: advantages.rloo(x, x[:1]), r"rloo: kl: expected \[P, G\].* got \[1, 4\]"),
         (lambda x: advantages.rloo(x, beta=-1.0), "rloo: beta: expected a finite number >= 0"),
         (
+            lambda x: advantages.rloo(x, reward_range=(1.0, -1.0)),
+            r"rloo: reward_range: expected lowest, highest, got \(1.0, -1.0\)",
+        ),
+        (
             lambda x: advantages.remax_returns(x[0], x[0], x, x, x > 0),
             r"remax_returns: rewards: expected \[B\], B = 2, got \[4\]",
         ),

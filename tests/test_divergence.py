@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_close_to_truth
 
 import fastpo
-from fastpo import plans
+from fastpo import divergence_plans, plans
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = [
@@ -187,10 +187,12 @@ def test_without_a_gradient(device):
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
-@pytest.mark.parametrize("workspace_bytes", [1, 50_000, 130_000, 1 << 20])
+@pytest.mark.parametrize("workspace_bytes", [1, 50_000, 60_000, 150_000, 1 << 20])
 def test_results_do_not_depend_on_the_workspace(device, monkeypatch, wanted, workspace_bytes):
+    """In the middle the logits of 16 and of 48 tokens are kept."""
     monkeypatch.setattr(plans, "_COLUMNS", {device.type: 128})
     monkeypatch.setattr(plans, "_ROWS", {device.type: 16})
+    monkeypatch.setattr(divergence_plans, "_ROWS", {device.type: 16})
     tensors, mask = problem(torch.float32, device, (3, 25), V=300)
     check(tensors, torch.float32, wanted, mask, workspace_bytes)
     check(tensors, torch.float32, wanted, None, workspace_bytes)
@@ -212,15 +214,16 @@ def test_results_do_not_depend_on_packing(device, wanted):
 
 @pytest.mark.parametrize("masked", [False, True])
 @FROZEN_AND_TRAINED
-def test_rows_that_get_no_gradient(device, wanted, masked):
-    """Zeros upstream, among rows whose logits were kept or not."""
+def test_rows_that_get_no_gradient(device, monkeypatch, wanted, masked):
+    """Zeros upstream, where the logits of no row, of some and of all were kept."""
     tensors, mask = problem(torch.float32, device)
     upstream = torch.zeros(mask.shape, device=device)
     upstream[1, ::2] = torch.arange(6.0, device=device)
     options = {"kind": "reverse_kl", "mask": mask if masked else None}
     _, truth = run(plain, tensors, upstream, torch.float64, wanted, **options)
     _, base = run(plain, tensors, upstream, torch.float32, wanted, **options)
-    for workspace_bytes in (1, None):
+    monkeypatch.setattr(divergence_plans, "_ROWS", {device.type: 4})
+    for workspace_bytes in (1, 60_000, None):  # of 33 rows 0, 20 and all
         _, grads = run(
             fastpo.linear_divergence, tensors, upstream, torch.float32, wanted,
             workspace_bytes=workspace_bytes, **options,
@@ -273,6 +276,24 @@ def test_all_rows_enter_when_none_can_be_dropped(backend, monkeypatch, wanted):
     tensors, mask = problem(torch.float32, backend.device, (1, 6))
     for workspace_bytes in (1, None):
         check(tensors, torch.float32, wanted, mask, workspace_bytes)
+
+
+@FROZEN_AND_TRAINED
+def test_dropped_tokens_do_no_harm_while_a_graph_is_captured(device, monkeypatch, wanted):
+    """NaN in hidden states that are masked, or whose row gets no gradient."""
+    monkeypatch.setattr(plans, "capturing", lambda tensor: True)
+    tensors, mask = problem(torch.float32, device)
+    upstream = torch.randn(mask.shape, device=device)
+    upstream[:, 1] = 0
+    for name in ("hidden", "ref_hidden"):
+        tensors[name][~mask] = torch.nan
+        tensors[name][:, 1] = torch.nan
+    for workspace_bytes in (1, None):
+        _, grads = run(
+            fastpo.linear_divergence, tensors, upstream, torch.float32, wanted, kind="js",
+            mask=mask, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+        assert not any(grad.isnan().any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("V", [1, 7, 50257])

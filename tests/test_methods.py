@@ -11,7 +11,7 @@ from method_arguments import ARGUMENTS
 from typer.testing import CliRunner
 
 from fastpo import methods
-from fastpo.cli import app
+from fastpo.cli import app, main
 
 README = Path(__file__).parent.parent / "README.md"
 FAMILIES = {"pairwise": 38, "online": 29, "diffusion": 25, "group": 18}  # at least, as of 2026
@@ -78,6 +78,16 @@ def test_command_prints_and_filters():
     one = CliRunner().invoke(app, ["methods", "inpo"])
     assert "2407.00617" in one.output
     assert "losses.inpo(" in one.output
+
+
+def test_command_says_what_it_does_not_find(monkeypatch):
+    for arguments, message in (
+        (["inpoo"], "fastpo: key: expected a key of the catalogue, got 'inpoo'. Nearest: inpo"),
+        (["--status", "confirmedd"], "fastpo: methods: none has all of this."),
+    ):
+        monkeypatch.setattr("sys.argv", ["fastpo", "methods", *arguments])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            main()
 
 
 def test_readme_has_the_generated_table():

@@ -1,5 +1,7 @@
 """Matrix passes (2 N H V FLOP over active tokens) of every plan, by torch's own FLOP counter."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -187,9 +189,25 @@ def test_divergence(passes, wanted, expected, masked, shared):
 )
 def test_divergence_with_the_logits_kept(passes, monkeypatch, wanted, expected):
     monkeypatch.setattr(plans, "_COLUMNS", {"cpu": 128})
-    enough = 2 * (4 * N * V + TILE)
+    row, tile = 2 * 4 * V, 2 * TILE
+    enough = N * row + tile
     assert passes(lambda: divergence(wanted, workspace_bytes=enough)) == expected
-    assert passes(lambda: divergence(wanted, workspace_bytes=enough - 1)) == expected + 2
+    # Else rows are kept by 16.
+    some = 16 * row + tile
+    for workspace_bytes, share in ((enough - 1, 1 / 4), (some, 3 / 4), (some - 1, 1)):
+        count = passes(partial(divergence, wanted, workspace_bytes=workspace_bytes))
+        assert count == expected + 2 * share
+
+
+def test_divergence_with_the_logits_of_some_tokens_kept(passes, monkeypatch):
+    """Of those tokens that are neither masked nor without a gradient, the first."""
+    monkeypatch.setattr(plans, "_COLUMNS", {"cpu": 128})
+    mask, upstream = torch.ones(N, dtype=torch.bool), torch.ones(N)
+    mask[8:16] = False  # rows 0-7 and 16-39 are kept: 32 of 56
+    upstream[32:48] = 0  # with a gradient: 24 that are kept and 16 others
+    options = {"mask": mask, "upstream": upstream, "workspace_bytes": 2 * (32 * 4 * V + TILE)}
+    count = passes(lambda: divergence(("hidden", "weight"), **options))
+    assert count == (2 * 56 + 2 * 40 + 2 * 16) / N
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(("hidden",), 3), (("hidden", "weight"), 3)])

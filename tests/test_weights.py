@@ -369,6 +369,9 @@ def test_errors():
         "madpo_weights: c_min: expected a number in [0, 1), got 1.5": lambda: madpo_weights(
             torch.ones(2), torch.ones(2), c_min=1.5
         ),
+        "madpo_weights: steepness, threshold: expected a finite number": lambda: madpo_weights(
+            torch.zeros(2), torch.zeros(2), steepness=math.nan
+        ),
         "madpo_weights: rejected_scores: expected shape [2]": lambda: madpo_weights(
             torch.ones(2), torch.ones(3)
         ),

@@ -40,6 +40,9 @@ def _texts(row: dict[str, Any], fields: Sequence[str], tokenizer) -> list[str]:
     )
     texts = [prompt]
     for field in fields[1:]:
+        if not isinstance(row[field], list):
+            problem = f"the prompt is a list of messages, {field!r} is not"
+            raise DataError(f"row {row['row']}: {problem}; give both as messages, or as text.")
         whole = tokenizer.apply_chat_template(row["prompt"] + row[field], tokenize=False)
         if not whole.startswith(prompt) or whole == prompt:
             problem = f"the chat template does not put {field!r} after the prompt"

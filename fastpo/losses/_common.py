@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 Reduction = Literal["mean", "sum", "none"]
 NllMean = Literal["token_mean", "sequence_mean"]
@@ -191,16 +190,6 @@ def log_ratios(
 def mean_logprobs(sums_B: Tensor, counts_B: Tensor) -> Tensor:
     """Sums over sequences divided by their token counts; an empty sequence gives 0."""
     return sums_B / counts_B.clamp(min=1)
-
-
-def smoothed_logistic(margin_B: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) logsigmoid(z) - e logsigmoid(-z) for margin z and smoothing e.
-
-    Written as -logsigmoid(z) + e z, by logsigmoid(-z) = logsigmoid(z) - z. Without smoothing the
-    second term is left out: 0 * z would be NaN at an infinite margin.
-    """
-    loss_B = -logsigmoid(margin_B)
-    return loss_B + label_smoothing * margin_B if label_smoothing else loss_B
 
 
 def log1mexp(mean_B: Tensor) -> Tensor:

@@ -28,9 +28,8 @@ from fastpo.losses._common import (
     pair_output,
     prepare,
     reduce,
-    smoothed_logistic,
 )
-from fastpo.losses.margins import squared
+from fastpo.losses.margins import soft_logistic, squared
 
 Contrast = Literal["sigmoid", "hinge", "ipo"]
 
@@ -56,7 +55,7 @@ def _contrast(
     margin_B = beta * (chosen_B - rejected_B)
     if form == "hinge":
         return relu(1 - margin_B), *rewards
-    return smoothed_logistic(margin_B - gamma, label_smoothing), *rewards
+    return soft_logistic(margin_B - gamma, 1 - label_smoothing), *rewards
 
 
 def _statistics(

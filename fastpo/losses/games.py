@@ -44,8 +44,13 @@ def dual_gap(policy: Tensor, ref: Tensor, preferences: Tensor, beta: float) -> T
     preferences_NN = preferences.detach().to(dtype)
     probs_N = policy_N.exp()
     # The best answer and the worst opponent have closed forms: ref exp(+-gain / beta).
-    best = torch.logsumexp(ref_N + preferences_NN @ probs_N / beta, 0)
-    worst = torch.logsumexp(ref_N - probs_N @ preferences_NN / beta, 0)
+    # Sums in place of matrix products, which autocast would take in bfloat16.
+    gains_N, losses_N = (
+        (preferences_NN * probs_N).sum(1),
+        (preferences_NN * probs_N[:, None]).sum(0),
+    )
+    best = torch.logsumexp(ref_N + gains_N / beta, 0)
+    worst = torch.logsumexp(ref_N - losses_N / beta, 0)
     present_N = probs_N > 0  # 0 log 0 = 0
     kl = (probs_N * torch.where(present_N, policy_N - ref_N, 0.0)).sum()
     return beta * (best + worst + 2 * kl)

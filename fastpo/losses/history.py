@@ -21,20 +21,7 @@ from fastpo.losses._common import (
     pair_output,
     prepare,
 )
-from fastpo.losses.margins import squared
-
-
-def _side(
-    loss: str, name: str, policy: Tensor, ref: Tensor, history: Sequence[Tensor], weights: list
-) -> Tensor:
-    """The policy minus weighted streams, reference first, [B]."""
-    streams = {f"policy_{name}": policy, f"ref_{name}": ref}
-    streams |= {f"history_{name}[{j}]": stream for j, stream in enumerate(history)}
-    policy_B, *others = prepare(loss, **streams)
-    for weight, other_B in zip(weights, others, strict=True):
-        if weight:  # 0 * inf would be NaN
-            policy_B = policy_B - weight * other_B.detach()
-    return policy_B
+from fastpo.losses.margins import combine, squared
 
 
 def _history_loss(
@@ -47,9 +34,18 @@ def _history_loss(
 ) -> LossOutput:
     check_positive(loss, "eta", eta)
     check_choice(loss, "reduction", reduction, REDUCTIONS)
-    chosen_B = _side(loss, "chosen", *chosen, weights)
-    rejected_B = _side(loss, "rejected", *rejected, weights)
-    chosen_B, rejected_B = prepare(loss, policy_chosen=chosen_B, policy_rejected=rejected_B)
+    names = ["policy", "ref", *(f"history[{j}]" for j in range(len(weights) - 1))]
+    coefficients = dict(zip(names, [1.0, *(-weight for weight in weights)], strict=True))
+    streams = {}
+    for side, (policy, ref, history) in (("chosen", chosen), ("rejected", rejected)):
+        own = [name.replace("history", f"history_{side}") for name in names[2:]]
+        tensors = zip([f"policy_{side}", f"ref_{side}", *own], [policy, ref, *history], strict=True)
+        streams |= tensors
+    values_B, count = prepare(loss, **streams), len(names)
+    chosen_B, rejected_B = (
+        combine(dict(zip(names, side_B, strict=True)), coefficients)
+        for side_B in (values_B[:count], values_B[count:])
+    )
     loss_B = squared(chosen_B - rejected_B, 1 / (2 * eta))
     return pair_output(loss_B, eta * chosen_B, eta * rejected_B, reduction)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpo.losses._common import (
+    LARGEST_EXPONENT,
     REDUCTIONS,
     Reduction,
     UnpairedOutput,
@@ -21,12 +22,10 @@ from fastpo.losses._common import (
     fail,
     mean_logprobs,
     reduce,
+    reduce_kept,
     unpaired_output,
 )
 from fastpo.losses._lists import best_first, masked_mean, prepare_lists, suffix_cross_entropy
-
-# exp(80) = 6e34 is still a float32.
-MAX_EXPONENT = 80.0
 
 
 def pro(
@@ -163,7 +162,8 @@ def adpo(
             :func:`adpo_adaptive_tau`.
         beta_r: temperature of the target, > 0.
         kl_weight: weight of the responses' mean k3 estimate of KL(policy || anchor),
-            exp(x) - 1 - x with x = anchor - policy summed over tokens, held at exp(80).
+            exp(x) - 1 - x with x = anchor - policy summed over tokens, held at x = 80 (700 in
+            float64): beyond, a response gets no gradient from it.
         drop_unrewarded: leave out groups whose scores are all <= 0, from the mean as well.
         reduction: ``mean`` over the groups that are left, ``sum`` or ``none`` (dropped groups 0).
 
@@ -199,15 +199,15 @@ def adpo(
     log_share_BK = anchored_BK.masked_fill(~mask_BK, lowest).log_softmax(1)
     loss_B = -torch.where(mask_BK, target_BK * log_share_BK, 0).sum(1)
     if kl_weight:
-        k3_BK = torch.expm1((-log_ratio_BK).clamp(max=MAX_EXPONENT)) + log_ratio_BK
+        # Held in both terms: alone, the linear one would push a response beyond the bound away.
+        excess_BK = (-log_ratio_BK).clamp(max=LARGEST_EXPONENT[log_ratio_BK.dtype])
+        k3_BK = torch.expm1(excess_BK) - excess_BK
         loss_B = loss_B + kl_weight * masked_mean(k3_BK, mask_BK)
     if not drop_unrewarded:
         return unpaired_output(loss_B, anchored_BK, reduction)
     kept_B = (mask_BK & (scores_BK > 0)).any(1)
-    loss_B = torch.where(kept_B, loss_B, 0)
-    out = unpaired_output(loss_B, anchored_BK, reduction, kept=kept_B)
-    mean = loss_B.sum() / kept_B.sum().clamp(min=1)
-    return out._replace(loss=mean) if reduction == "mean" else out
+    out = unpaired_output(loss_B, anchored_BK, "none", kept=kept_B)
+    return out._replace(loss=reduce_kept(loss_B, kept_B, reduction))
 
 
 def adpo_adaptive_tau(

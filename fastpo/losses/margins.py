@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpo.losses._common import fail, prepare
+from fastpo.losses._common import check_finite, fail, prepare
 
 Streams = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -45,33 +45,49 @@ def margin(streams: Streams, coefficients: Mapping[str, float]) -> Tensor:
         got = f"streams {sorted(streams)} and coefficients {sorted(coefficients)}"
         remedy = "Give every stream its coefficient; the trained one is called policy."
         raise fail("margin", "coefficients", "the names of streams, policy included", got, remedy)
-    sides = {}
-    for name, (chosen, rejected) in streams.items():
-        sides |= {f"{name} chosen": chosen, f"{name} rejected": rejected}
-    values = iter(prepare("margin", **sides))
-    total_B = 0.0
-    for name, (chosen_B, rejected_B) in zip(streams, zip(values, values, strict=True), strict=True):
-        if coefficients[name] == 0:  # 0 * inf would be NaN
-            continue
-        difference_B = chosen_B - rejected_B
-        total_B = total_B + coefficients[name] * (
-            difference_B if name == "policy" else difference_B.detach()
-        )
-    return total_B if isinstance(total_B, Tensor) else torch.zeros_like(chosen_B)
+    for name, coefficient in coefficients.items():
+        check_finite("margin", f"coefficients[{name!r}]", coefficient)
+    chosen = {f"{name} chosen": pair[0] for name, pair in streams.items()}
+    rejected = {f"{name} rejected": pair[1] for name, pair in streams.items()}
+    values_B = prepare("margin", **chosen, **rejected)
+    names, count = list(streams), len(streams)
+    sides = [
+        combine(dict(zip(names, side_B, strict=True)), coefficients)
+        for side_B in (values_B[:count], values_B[count:])
+    ]
+    return sides[0] - sides[1]
+
+
+def combine(streams: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:
+    """One side of a margin, sum_k c_k L^k [B], of streams that were prepared together."""
+    total_B = torch.zeros_like(streams["policy"])
+    for name, values_B in streams.items():
+        if coefficients[name]:  # 0 * inf would be NaN
+            values_B = values_B if name == "policy" else values_B.detach()
+            total_B = total_B + coefficients[name] * values_B
+    return total_B
+
+
+def _constant(loss: str, argument: str, value: Tensor, margin_B: Tensor) -> Tensor:
+    """Detached, in the margin's dtype: one number, or one per margin and not [B, 1]."""
+    if value.ndim and value.shape != margin_B.shape:
+        expected, got = f"shape {list(margin_B.shape)} as the margin", f"{list(value.shape)}"
+        raise fail(loss, argument, expected, got, "Give one value per margin.")
+    return value.detach().to(margin_B)
 
 
 def soft_logistic(margin_B: Tensor, label: Tensor | float = 1.0) -> Tensor:
     """[B] cross-entropy of a label q with the probability sigmoid(u).
 
-    -[q logsigmoid(u) + (1 - q) logsigmoid(-u)] = -logsigmoid(u) + (1 - q) u: no log of q, and no
-    difference of large numbers. Labels carry no gradient.
+    -[q logsigmoid(u) + (1 - q) logsigmoid(-u)] = -logsigmoid(u) + (1 - q) u: no log of q, and
+    finite at any finite u. Labels carry no gradient: a number, or a tensor, 0-d or [B].
 
     Example:
         >>> soft_logistic(torch.tensor([0.15]), label=0.9)
         tensor([0.6360])
     """
     if isinstance(label, Tensor):
-        rest_B = 1 - label.detach().to(margin_B)
+        rest_B = 1 - _constant("soft_logistic", "label", label, margin_B)
     elif label == 1:  # 0 * inf would be NaN at an infinite margin
         return -logsigmoid(margin_B)
     else:
@@ -80,11 +96,14 @@ def soft_logistic(margin_B: Tensor, label: Tensor | float = 1.0) -> Tensor:
 
 
 def squared(margin_B: Tensor, target: Tensor | float) -> Tensor:
-    """[B] squared distance (u - t)^2 of the margin from its target. Targets carry no gradient.
+    """[B] squared distance (u - t)^2 of the margin from its target.
+
+    Targets carry no gradient: a number, or a tensor, 0-d or [B].
 
     Example:
         >>> squared(torch.tensor([0.7]), target=1.0)
         tensor([0.0900])
     """
-    target = target.detach().to(margin_B) if isinstance(target, Tensor) else target
+    if isinstance(target, Tensor):
+        target = _constant("squared", "target", target, margin_B)
     return (margin_B - target) ** 2

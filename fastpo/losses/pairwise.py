@@ -23,8 +23,8 @@ from fastpo.losses._common import (
     mean_logprobs,
     pair_output,
     prepare,
-    smoothed_logistic,
 )
+from fastpo.losses.margins import soft_logistic
 
 
 def dpo(
@@ -69,7 +69,7 @@ def dpo(
     chosen_B, rejected_B = log_ratios(
         "dpo", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
-    loss_B = smoothed_logistic(beta * (chosen_B - rejected_B), label_smoothing)
+    loss_B = soft_logistic(beta * (chosen_B - rejected_B), 1 - label_smoothing)
     return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)
 
 

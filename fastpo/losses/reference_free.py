@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo.losses._common import (
+    LARGEST_EXPONENT,
     NLL_MEANS,
     REDUCTIONS,
     LossOutput,
@@ -28,11 +29,9 @@ from fastpo.losses._common import (
     pair_output,
     prepare,
     reduce,
-    smoothed_logistic,
 )
+from fastpo.losses.margins import soft_logistic
 
-# exp(80) = 6e34 is still a float32. A mean log-prob of -80 / alpha is far beyond any model's.
-MAX_EXPONENT = 80.0
 # Below it alpha m^2 / 2 is lost in the rounding of m, and alpha m nears the denormals.
 SMALL_ALPHA = 1e-20
 
@@ -102,7 +101,7 @@ def simpo(
         "simpo", policy_chosen, policy_rejected, chosen_counts, rejected_counts, reduction
     )
     chosen_rewards_B, rejected_rewards_B = beta * chosen_B, beta * rejected_B
-    loss_B = smoothed_logistic(chosen_rewards_B - rejected_rewards_B - gamma, label_smoothing)
+    loss_B = soft_logistic(chosen_rewards_B - rejected_rewards_B - gamma, 1 - label_smoothing)
     return pair_output(loss_B, chosen_rewards_B, rejected_rewards_B, reduction)
 
 
@@ -169,7 +168,7 @@ def orpo(
     )
     chosen_mean_B = mean_logprobs(chosen_B, chosen_counts_B)
     rejected_mean_B = mean_logprobs(rejected_B, rejected_counts_B)
-    odds_B = smoothed_logistic(log_odds(chosen_mean_B) - log_odds(rejected_mean_B), 0.0)
+    odds_B = soft_logistic(log_odds(chosen_mean_B) - log_odds(rejected_mean_B))
     nll_B = negative_log_likelihood(nll_sums_B, nll_counts_B, nll_mean)
     rewards = beta * chosen_mean_B, beta * rejected_mean_B
     return pair_output(nll_B + beta * odds_B, *rewards, reduction, nll=reduce(nll_B, "mean"))
@@ -190,8 +189,8 @@ def alphapo(
     r = (1 - exp(-alpha m)) / alpha;  -logsigmoid(beta (r_chosen - r_rejected) - gamma)
     (arXiv:2501.03884). alpha = 0 is SimPO; the reward is taken by expm1 and goes over to m without
     noise. TRL's CPO trainer bends whichever log-prob its form uses, sums as well, where the
-    exponential overflows; here it is the mean alone. Exponents are held at 80: a mean log-prob
-    below -80 / alpha gets no gradient.
+    exponential overflows; here it is the mean alone. Exponents are held at 80 (700 in
+    float64): a mean log-prob below -80 / alpha gets no gradient.
 
     Args:
         policy_chosen: [B] summed log-probs of the chosen responses, nats.
@@ -218,9 +217,10 @@ def alphapo(
     )
     rewards = means
     if abs(alpha) > SMALL_ALPHA:
-        rewards = [-torch.expm1((-alpha * m_B).clamp(max=MAX_EXPONENT)) / alpha for m_B in means]
+        largest = LARGEST_EXPONENT[means[0].dtype]
+        rewards = [-torch.expm1((-alpha * m_B).clamp(max=largest)) / alpha for m_B in means]
     chosen_B, rejected_B = (beta * reward_B for reward_B in rewards)
-    loss_B = smoothed_logistic(chosen_B - rejected_B - gamma, 0.0)
+    loss_B = soft_logistic(chosen_B - rejected_B - gamma)
     return pair_output(loss_B, chosen_B, rejected_B, reduction)
 
 

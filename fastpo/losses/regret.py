@@ -49,7 +49,8 @@ def optimal_values(features: Tensor, weights: Tensor, temperature: float = 0.001
         raise fail("optimal_values", "features, weights", "[..., K, F] and [F]", got, remedy)
     dtype = torch.promote_types(features.dtype, torch.float32)
     dtype = torch.promote_types(dtype, weights.dtype)
-    values = features.to(dtype) @ weights.to(dtype)
+    # A sum in place of a matrix product, which autocast would take in bfloat16.
+    values = (features.to(dtype) * weights.to(dtype)).sum(-1)
     return ((values / temperature).softmax(-1) * values).sum(-1)
 
 

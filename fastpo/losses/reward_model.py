@@ -146,10 +146,11 @@ def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple
         >>> preference_strength(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))[0]
         tensor([1.5000])
     """
-    if chosen_scores.ndim != 2 or chosen_scores.shape != rejected_scores.shape:
-        got = f"{list(chosen_scores.shape)} and {list(rejected_scores.shape)}"
-        remedy = "Score both responses by the same models."
-        raise fail("preference_strength", "chosen_scores, rejected_scores", "[B, M]", got, remedy)
+    shape = chosen_scores.shape
+    if len(shape) != 2 or shape[1] < 2 or shape != rejected_scores.shape:
+        got = f"{list(shape)} and {list(rejected_scores.shape)}"
+        expected, remedy = "[B, M], M >= 2", "Score both responses by the same models."
+        raise fail("preference_strength", "chosen_scores, rejected_scores", expected, got, remedy)
     dtype = torch.promote_types(chosen_scores.dtype, torch.float32)
     difference_BM = chosen_scores.to(dtype) - rejected_scores.to(dtype)
     return difference_BM.mean(1), difference_BM.std(1)
@@ -178,7 +179,7 @@ def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
     if not 0 <= fraction <= 1:
         remedy = "The published share is 0.2."
         raise fail("flip_weakest", "fraction", "a number in [0, 1]", repr(fraction), remedy)
-    count = math.floor(fraction * strengths.shape[0])
+    count = math.floor(fraction * strengths.shape[0] + 1e-9)  # 100 * 0.29 is 29, not 28.99
     flipped = torch.zeros_like(strengths, dtype=torch.bool)
     return flipped.index_fill(0, strengths.argsort(stable=True)[:count], True)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastpo.losses._common import check_choice
+from fastpo.weights._common import Memory
 
 
-class BCODelta(torch.nn.Module):
+class BCODelta(Memory):
     """Running mean of the rewards of all responses seen: the shift of :func:`bco`.
 
     In training mode a call takes the batch in and then gives the mean; in evaluation mode it gives
@@ -46,13 +47,6 @@ class BCODelta(torch.nn.Module):
         self.all_reduce = all_reduce
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn, recurse=True):
-        """Moves with a model, but is not rounded where the model is cast to bfloat16."""
-        mean = self.mean
-        super()._apply(fn, recurse)
-        self.mean = mean.to(self.mean.device)
-        return self
 
     @torch.no_grad()
     def forward(self, rewards: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from fastpo.losses._common import (
     log_ratios,
     pair_output,
     prepare,
-    smoothed_logistic,
 )
+from fastpo.losses.margins import soft_logistic
 
 
 def aot(
@@ -57,7 +57,7 @@ def aot(
     ref_chosen_B, ref_rejected_B = ref_chosen_B.detach(), ref_rejected_B.detach()
     policy_margin_B = (chosen_B - rejected_B).sort().values
     ref_margin_B = (ref_chosen_B - ref_rejected_B).sort().values
-    loss_B = smoothed_logistic(beta * (policy_margin_B - ref_margin_B), label_smoothing)
+    loss_B = soft_logistic(beta * (policy_margin_B - ref_margin_B), 1 - label_smoothing)
     rewards = beta * (chosen_B - ref_chosen_B), beta * (rejected_B - ref_rejected_B)
     return pair_output(loss_B, *rewards, reduction)
 
@@ -90,5 +90,5 @@ def aot_unpaired(
         "aot_unpaired", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
     margin_B = chosen_B.sort().values - rejected_B.sort().values
-    loss_B = smoothed_logistic(beta * margin_B, label_smoothing)
+    loss_B = soft_logistic(beta * margin_B, 1 - label_smoothing)
     return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)

@@ -28,7 +28,7 @@ _HIDDEN, _REF_HIDDEN = 0, 5
 
 def _fake(*arguments):
     hidden, weight, ref_hidden = arguments[_HIDDEN], arguments[1], arguments[_REF_HIDDEN]
-    unit_grads, save_logits = arguments[-2:]
+    unit_grads, rows_to_save = arguments[-2:]
     N, acc = hidden.shape[0], accumulation_dtype(hidden.dtype)
     return (
         hidden.new_empty((N,), dtype=acc),
@@ -37,14 +37,12 @@ def _fake(*arguments):
             x.new_empty((N if wanted else 0, x.shape[1]), dtype=acc)
             for x, wanted in zip((hidden, ref_hidden), unit_grads, strict=True)
         ),
-        hidden.new_empty(
-            (N if save_logits else 0, 2, divergence_plans.padded(weight.shape[0])), dtype=acc
-        ),
+        hidden.new_empty((rows_to_save, 2, divergence_plans.padded(weight.shape[0])), dtype=acc),
     )
 
 
 linear_divergence = register(
-    f"linear_divergence({_INPUTS}, bool[] unit_grads, bool save_logits) "
+    f"linear_divergence({_INPUTS}, bool[] unit_grads, SymInt rows_to_save) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     divergence_plans.forward,
     _fake,

@@ -30,7 +30,8 @@ def _linear_nll(
     # The wrapper only comes here when this sum over blocks is exact in fp32 or has one term.
     dW_VH = torch.zeros((head.vocab if needs_weight else 0, H), dtype=head.acc, device=device)
     db_V = torch.zeros(head.vocab if needs_bias else 0, dtype=head.acc, device=device)
-    rows = plans.Rows(plans.kept((targets != ignore_index) & (factors != 0)), N)
+    keep_N = (targets != ignore_index) & (factors != 0)
+    rows = plans.Rows(plans.kept(keep_N), N, keep_N)
     n_max = max(min(rows_per_tile, rows.count), 1)
     logits = torch.empty((n_max, head.vocab), dtype=head.acc, device=device)
     dlogits = (
@@ -42,7 +43,7 @@ def _linear_nll(
 
     for first, last in plans.spans(0, rows.count, n_max):
         n, block = last - first, slice(first, last)
-        hidden_nH = rows.take(hidden, first, last).to(head.compute)
+        hidden_nH = rows.take_to_sum(hidden, first, last).to(head.compute)
         targets_n = rows.take(targets, first, last)
         head.logits(hidden_nH, None, weight_VH, 0, logits[:n])
         tile = head.tile(logits[:n], targets_n, 0, ignore_index)

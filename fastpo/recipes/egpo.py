@@ -45,6 +45,7 @@ def egpo(
         rates = loop.preferences(loop.judge(samples))[:, :, 2]
         first = torch.zeros(len(index), dtype=torch.long)
         pairs = Pairs(torch.arange(len(index)), first, first + 1)
+        pairs = pairs.select(~rates[:, :2].isnan().any(1))
         return samples.rows(pairs, keep_identical=True, win_rates=rates)
 
     for _ in loop.rounds(1):

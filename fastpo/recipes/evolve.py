@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fastpo.data.pairs import best_worst
 from fastpo.recipes._recipe import recipe
+from fastpo.trainers.config import ConfigError
 from fastpo.trainers.rounds import OuterLoop
 
 REFINE = "{prompt}\n\nDraft of an answer:\n{response}\n\nA better answer to the question:\n"
@@ -37,6 +38,8 @@ def evolve(
         beta: of DPO.
     """
     for _ in loop.rounds(rounds):
+        if not all(isinstance(prompt, str) for prompt in loop.prompts):
+            raise ConfigError("prompts: this recipe needs texts, not lists of messages.")
         samples, rows = loop.sample(), []
         for step in range(refinements + 1):
             # The judge sees the question, not the draft.

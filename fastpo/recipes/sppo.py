@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastpo.data.pairs import best_worst
 from fastpo.data.win_rates import win_rates
 from fastpo.recipes._recipe import recipe
@@ -21,6 +23,10 @@ def sppo(loop: OuterLoop, *, rounds: int = 3, beta: float = 0.001) -> None:
     """
     for _ in loop.rounds(rounds):
         samples = loop.sample()
-        rates = win_rates(loop.preferences(loop.score(samples)), include_self=True)
+        preferences = loop.preferences(loop.score(samples))
+        # 1/2 whatever stands there, nothing for a response that was not compared with any other.
+        itself = torch.where(win_rates(preferences).isnan(), torch.nan, 0.5)
+        preferences = preferences.double().diagonal_scatter(itself.double(), dim1=1, dim2=2)
+        rates = win_rates(preferences, include_self=True)
         rows = samples.rows(best_worst(rates), win_rates=rates)
         loop.train(rows, "sppo", ref="current", beta=beta)

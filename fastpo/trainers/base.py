@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,30 @@ class _LogBeforeSave(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save
+
+
+class LogAtEnd(TrainerCallback):
+    """The last losses are logged, and with that looked at, before the model is used."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The count is already that of the next step."""
+        control.should_log |= state.global_step >= state.max_steps
+
+
+@contextlib.contextmanager
+def own_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Give the model its forward back, in whose place mixed precision puts one of its own.
+
+    Not by accelerate's ``unwrap_model``, which would follow ``__wrapped__`` past the fused head.
+    """
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if before is not None:
+            model.forward = before
 
 
 class StatisticTrainer(Trainer):

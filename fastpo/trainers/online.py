@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
+from fastpo.data.records import DataError
 from fastpo.data.tokens import PairCollator
 from fastpo.trainers.config import ConfigError
-from fastpo.trainers.dpo import DPOTrainer
+from fastpo.trainers.dpo import REFERENCE, DPOTrainer, sum_logprobs
+from fastpo.trainers.head import shift_labels
 from fastpo.trainers.sampling import seed_of
-from fastpo.trainers.states import State, restore, snapshot
+from fastpo.trainers.states import State, restore, snapshot, temporarily
 
 # experience(indices of prompts, seed) gives rows of pairs, at least one.
 Experience = Callable[[Sequence[int], int], list[dict[str, Any]]]
@@ -32,6 +34,8 @@ class OnlineTrainer(DPOTrainer):
         experience: called with the indices of a batch of prompts and a seed, which depends on the
             step and the batch alone, so that a resumed run samples what it would have.
         pad_id: padding token.
+        initial: trainable parameters of the reference, written into the model for a while at every
+            step, for an adapter; with ``reference="cached"``. None for the other references.
         **kwargs: of ``DPOTrainer``; ``train_dataset`` has the column ``index``.
     """
 
@@ -42,9 +46,11 @@ class OnlineTrainer(DPOTrainer):
         *,
         experience: Experience,
         pad_id: int,
+        initial: State | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, args, data_collator=_collate, **kwargs)
+        self.initial = initial
         self.experience = experience
         self.pair_collator = PairCollator(pad_id)
 
@@ -53,13 +59,30 @@ class OnlineTrainer(DPOTrainer):
         index = inputs["index"].tolist()
         step = self.state.global_step
         rows = self.experience(index, seed_of(self.args.seed, step, index))
+        if not rows:
+            remedy = "Look at the scores: NaN gives no pair. More prompts in a batch help."
+            raise DataError(f"prompts {index}: no pairs to train on in step {step + 1}. {remedy}")
         rows = [row | {"index": i} for i, row in enumerate(rows)]
         batch = self._prepare_inputs(self.pair_collator(rows))
+        if self.initial is not None and self.loss_inputs & set(REFERENCE):
+            # Before the policy's forward, whose backward needs the parameters as they were.
+            batch |= self._initial_logprobs(model, batch)
         loss = super().compute_loss(model, batch, return_outputs)
         if model.training and "chosen_scores" in batch:
             score = (batch["chosen_scores"] + batch["rejected_scores"]).mean() / 2
             self._sums["score"] = self._sums.get("score", 0) + score
         return loss
+
+    @torch.no_grad()
+    def _initial_logprobs(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Summed log-probs of the responses with the initial parameters, by loss argument."""
+        was_training = model.training
+        model.eval()
+        with temporarily(self.accelerator.unwrap_model(model), self.initial):
+            sums = sum_logprobs(model, batch, shift_labels(batch["labels"]) >= 0)
+        model.train(was_training)
+        responses = len(sums) // len(batch["index"])
+        return dict(zip(REFERENCE, sums.chunk(responses), strict=False))
 
 
 class Extragradient(TrainerCallback):
@@ -81,6 +104,16 @@ class Extragradient(TrainerCallback):
         """Checkpoints between the two steps of a pair would lose the half step."""
         if args.save_strategy == "steps" and args.save_steps % 2:
             raise ConfigError(f"save_steps: expected an even number, got {args.save_steps}.")
+        if state.max_steps < 2:
+            remedy = "Raise num_train_epochs or max_steps, or lower the batch size."
+            raise ConfigError(
+                f"training: expected 2 steps or more, as the first of two is undone, got "
+                f"{state.max_steps}. {remedy}"
+            )
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """No checkpoint of an epoch that ends between the two."""
+        control.should_save &= state.global_step % 2 == 0
 
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Before a half step: keep what it will change."""

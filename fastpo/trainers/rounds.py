@@ -27,24 +27,20 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from fastpo.data.tokens import CompletionCollator, PairCollator
 from fastpo.data.win_rates import bradley_terry_matrix, win_rates
 from fastpo.trainers import reference, sampling
+from fastpo.trainers.base import LogAtEnd, own_forward
 from fastpo.trainers.checkpoints import checkpoints, problem
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.dpo import DPOTrainer
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.online import Experience, OnlineTrainer
 from fastpo.trainers.sampling import Prompt, Samples
+from fastpo.trainers.scoring import RoundError, Score, as_scores
 from fastpo.trainers.sft import SFTTrainer
 from fastpo.trainers.states import CURRENT, State, StateStore, temporarily
 
-# Score(prompts [B], responses [B][K]) gives rewards [B, K] or preferences [B, K, K].
-Score = Callable[[list[Prompt], list[list[str]]], Tensor]
 Prompts = Sequence[Prompt | dict[str, Any]]
 
 LATEST = "latest"  # The model at the end of the last round.
-
-
-class RoundError(RuntimeError):
-    """A round cannot go on: no pairs, scores of another shape, a run of other settings."""
 
 
 class OuterLoop:
@@ -57,10 +53,11 @@ class OuterLoop:
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one; trained in place.
-        tokenizer: of the model.
+        tokenizer: of the model, with a padding token.
         prompts: texts or lists of chat messages, or rows with ``prompt`` and further fields; or a
             function that gives them for a round.
-        score: of responses to prompts, a callable. Called in the main process only.
+        score: of responses to prompts, a callable that gives a tensor, an array or lists; NaN for
+            a response without a score. Called in the main process only.
         output: folder of the run.
         samples: K, responses per prompt.
         max_new_tokens: of a response.
@@ -103,6 +100,13 @@ class OuterLoop:
         on_round: Callable[[dict[str, Any]], None] | None = None,
         settings: dict[str, Any] | None = None,
     ):
+        sampling.require_padding(tokenizer)
+        if samples < 1:
+            raise ConfigError(f"samples: expected at least 1 per prompt, got {samples}.")
+        if isinstance(prompts, str):
+            raise ConfigError("prompts: expected a list of them, got a single text.")
+        if not callable(prompts):
+            prompts = list(prompts)
         self.model, self.tokenizer, self.score_function = model, tokenizer, score
         self.output, self.samples, self.seed = Path(output), samples, seed
         self.max_length = {"prompt": max_prompt_length, "all": max_prompt_length + max_new_tokens}
@@ -122,7 +126,7 @@ class OuterLoop:
             **(settings or {}), **self.generation, "samples": samples, "seed": seed,
             "sample_batch_size": sample_batch_size, "max_prompt_length": max_prompt_length,
             "training": training or {},
-            "prompts": "" if callable(prompts) else _digest(list(prompts)),
+            "prompts": "" if callable(prompts) else _digest(prompts),
             "model": reference.weights_digest(model),
         }  # fmt: skip
         name = lambda value: getattr(value, "__qualname__", str(value))
@@ -137,6 +141,9 @@ class OuterLoop:
         if exists and not resume:
             remedy = "Pass resume=True to continue it, or another output."
             raise RoundError(f"{self.output}: holds a run. {remedy}")
+        if not exists and any(self.output.glob("round-*")):
+            remedy = "Restore the folder states, or pass another output."
+            raise RoundError(f"{self.output}: holds rounds of a run without its states. {remedy}")
         if exists:
             notes = self.states.reopen()
             before = notes["settings"]
@@ -167,7 +174,9 @@ class OuterLoop:
             started, self._step = time.perf_counter(), 0
             self.metrics = {"round": self.round}
             self.rows = list(self._prompts_of(self.round))
-            self.prompts = [r["prompt"] if isinstance(r, dict) else r for r in self.rows]
+            self.prompts = [self._prompt_of(row) for row in self.rows]
+            if not self.prompts:
+                raise RoundError(f"round {self.round}: there are no prompts; give one at least.")
             self.prompt_ids = self.encode(self.prompts)
             yield self.round
             self.metrics["seconds"] = time.perf_counter() - started
@@ -180,6 +189,13 @@ class OuterLoop:
         if PartialState().is_main_process:
             self.model.save_pretrained(self.output / "model")
             self.tokenizer.save_pretrained(self.output / "model")
+
+    def _prompt_of(self, row: Prompt | dict[str, Any]) -> Prompt:
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, (str, list)):
+            expected = "a text, a list of messages, or a row with the field prompt"
+            raise RoundError(f"prompts: expected of each {expected}; got {row!r}.")
+        return prompt
 
     @property
     def folder(self) -> Path:
@@ -240,7 +256,12 @@ class OuterLoop:
             ids = [ids for _, part in sorted(gather_object(found)) for ids in part]
             return vars(self._samples(prompts, prompt_ids, ids, seeds))
 
-        return Samples(**self._once(name, compute))
+        found = Samples(**self._once(name, compute))
+        if found.prompt_ids != prompt_ids:
+            remedy = "Let the function of prompts give the same for a round in every run."
+            problem = "it was interrupted after sampling, with other prompts"
+            raise RoundError(f"round {self.round}: {problem}. {remedy}")
+        return found
 
     def respond(
         self,
@@ -303,12 +324,7 @@ class OuterLoop:
         """The scorer on this rank alone, its result checked and kept nowhere."""
         if self.score_function is None:
             raise RoundError("score: this recipe needs a function that scores responses.")
-        scores = torch.as_tensor(self.score_function(samples.prompts, samples.texts))
-        count = len(samples.ids), len(samples.ids[0])
-        if tuple(scores.shape) not in (count, (*count, count[1])):
-            expected = f"{list(count)} rewards or {[*count, count[1]]} preferences"
-            raise RoundError(f"score: expected {expected}, got {list(scores.shape)}.")
-        return scores.detach().cpu()
+        return as_scores(self.score_function(samples.prompts, samples.texts), samples)
 
     # What the rules of fastpo.data take.
 
@@ -376,6 +392,8 @@ class OuterLoop:
     ) -> None:
         """Train on rows made anew from every batch of prompts; the reference is ``initial``.
 
+        Of an adapter that is the adapter as it came, not the base model.
+
         Args:
             experience: rows of some prompts, as of :class:`OnlineTrainer`.
             loss: as of :class:`DPOTrainer`.
@@ -383,18 +401,29 @@ class OuterLoop:
             **loss_options: of the loss.
         """
         prompts = Dataset.from_dict({"index": list(range(len(self.prompts)))})
-        self._train(
-            lambda args: OnlineTrainer(
-                self.model, args, experience=experience, loss=loss, loss_options=loss_options,
-                pad_id=self.tokenizer.pad_token_id, train_dataset=prompts, callbacks=[*callbacks],
-            )
-        )  # fmt: skip
+        has_adapter = hasattr(self.model, "disable_adapter")
+        initial = self.states.get("initial") if has_adapter else None
+
+        def build(args):
+            with self.states.using("initial"):  # What a copy is taken of.
+                return OnlineTrainer(
+                    self.model, args, experience=experience, loss=loss, loss_options=loss_options,
+                    reference="cached" if has_adapter else "copy", initial=initial,
+                    pad_id=self.tokenizer.pad_token_id, train_dataset=prompts,
+                    callbacks=[*callbacks],
+                )  # fmt: skip
+
+        self._train(build)
 
     def _dataset(self, rows: list[dict[str, Any]]) -> Dataset:
         """Rows as a data set, kept in the folder of the round."""
         self.metrics["rows"] = self.metrics.get("rows", 0) + len(rows)
         if not rows:
-            remedy = "Sample more, at a higher temperature, or check that the scores differ."
+            remedy = (
+                f"Look whether the scores differ; to score anew delete {self.folder} and resume. "
+                f"Or resume with rounds={self.round}, which saves the model as it is, and start "
+                "from that with more samples or a higher temperature."
+            )
             raise RoundError(f"round {self.round}: no pairs to train on. {remedy}")
         rows = self._once("rows", lambda: rows)  # For replay.
         return Dataset.from_list([row | {"index": i} for i, row in enumerate(rows)])
@@ -438,13 +467,14 @@ class OuterLoop:
         folder = self._next("train")
         whole = [path for path in checkpoints(folder) if not problem(path)]
         trainer = build(self._arguments(folder))
+        trainer.add_callback(LogAtEnd())
         if finish:
             trainer.train_dataset = finish(trainer)
-        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        with own_forward(self.model):
+            trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
         logs = [log for log in trainer.state.log_history if "loss" in log]
         self.metrics |= {k: v for k, v in (logs[-1] if logs else {}).items() if k != "step"}
         # The next round's Trainer wraps the model anew.
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
         self.model._is_accelerate_prepared = False
         del trainer  # Its optimiser is in reference cycles.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fastpo.data.ids import drop_identical, response_ids
 from fastpo.data.pairs import Pairs
+from fastpo.data.records import DataError
 from fastpo.data.selection import Selection
 from fastpo.data.tokens import encode_row
+from fastpo.trainers.config import ConfigError
 
 Prompt = str | list[dict[str, str]]
 
@@ -92,9 +95,17 @@ class Samples:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[int]]:
-    """Token ids as the trainers have them (:func:`fastpo.data.tokens.encode_row`)."""
+    """Token ids as the trainers have them (:func:`fastpo.data.tokens.encode_row`).
+
+    Raises:
+        DataError: a prompt has no token.
+    """
     rows = ({"prompt": prompt, "row": i} for i, prompt in enumerate(prompts))
-    return [encode_row(row, ("prompt",), tokenizer, max_length)["prompt_ids"] for row in rows]
+    found = [encode_row(row, ("prompt",), tokenizer, max_length)["prompt_ids"] for row in rows]
+    if [] in found:
+        remedy = "Leave it out, or use a tokenizer that begins texts with a token."
+        raise DataError(f"prompt {found.index([])}: has no token to begin with. {remedy}")
+    return found
 
 
 def encode_responses(
@@ -129,6 +140,35 @@ def batches(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
+def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether the tokenizer can pad a batch.
+
+    Raises:
+        ConfigError: it has no padding token.
+    """
+    if tokenizer.pad_token_id is None:
+        remedy = "Give it one: tokenizer.pad_token = tokenizer.eos_token."
+        raise ConfigError(f"tokenizer: has no padding token. {remedy}")
+
+
+@contextlib.contextmanager
+def _as_policy(model: torch.nn.Module) -> Iterator[None]:
+    """The model without dropout, and without the generation settings that came with it.
+
+    ``generate`` would fill what is not set from these, such as a repetition penalty, and the
+    responses would be those of another distribution than the one that is trained.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, was_training = owner.generation_config, model.training
+    owner.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        owner.generation_config = own
+        model.train(was_training)
+
+
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,
@@ -146,11 +186,16 @@ def generate(
         prompt_ids: [B] token ids.
         samples: K.
         seed: of torch's generators, which are left as they were.
-        **options: of ``GenerationConfig``: ``max_new_tokens``, ``temperature``, ``do_sample``, ...
+        **options: of ``GenerationConfig``: ``max_new_tokens``, ``temperature``, ``do_sample``, ...;
+            of the model's own settings only the end-of-sequence tokens count.
 
     Returns:
         [B][K] token ids up to the end-of-sequence token, which is kept.
+
+    Raises:
+        ConfigError: the tokenizer has no padding token.
     """
+    require_padding(tokenizer)
     device = model.get_input_embeddings().weight.device
     pad = tokenizer.pad_token_id
     # Chat models may end by another token than the tokenizer's.
@@ -166,14 +211,11 @@ def generate(
         use_cache=True,
         **options,
     )
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
+    with _as_policy(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         found = model.generate(
             input_ids=ids_BT, attention_mask=mask_BT.to(device), generation_config=config
         )
-    model.train(was_training)
     responses = [_until_end(ids, ends) for ids in found[:, length:].tolist()]
     return [responses[i : i + samples] for i in range(0, len(responses), samples)]
 

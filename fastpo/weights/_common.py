@@ -1,9 +1,9 @@
-"""What the weights share: checks, positions of response tokens and random numbers."""
+"""What the weights share: checks, positions of response tokens, random numbers and memory."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def fail(function: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
@@ -55,3 +55,16 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Gener
     """Numbers in [0, 1), drawn where the generator lives."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
+
+
+class Memory(nn.Module):
+    """A module whose buffers stay as wide as they are where a model around them is cast to less."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if torch.promote_types(buffer.dtype, after.dtype) != after.dtype:
+                setattr(self, name, buffer.to(after.device))
+        return self

@@ -7,28 +7,16 @@ state. Without a hook a module knows its own process only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastpo.weights._common import accumulation, check_like, check_range, fail
+from fastpo.weights._common import Memory, accumulation, check_like, check_range, fail
 
 AllReduce = Callable[[Tensor], Tensor]
-
-
-class _Memory(nn.Module):
-    """A module whose buffers stay in float32 or wider where a model is cast to less."""
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            wide = torch.promote_types(after.dtype, torch.float32) == after.dtype
-            setattr(self, name, after if wide else buffer.to(after.device))
-        return self
 
 
 class BatchBeta(NamedTuple):
@@ -43,7 +31,7 @@ class BatchBeta(NamedTuple):
     pair_weights: Tensor
 
 
-class BetaDPO(_Memory):
+class BetaDPO(Memory):
     """beta-DPO's batch beta and its draw of pairs, for :func:`fastpo.losses.beta_dpo`.
 
     With d the difference of log-ratios of each pair (arXiv:2407.08639, the authors' code):
@@ -90,6 +78,8 @@ class BetaDPO(_Memory):
         super().__init__()
         if not 0 < beta < float("inf"):
             raise fail("BetaDPO", "beta", "a positive finite number", repr(beta), "Try 0.1.")
+        if not math.isfinite(alpha):
+            raise fail("BetaDPO", "alpha", "a finite number", repr(alpha), "0 keeps beta as it is.")
         check_range("BetaDPO", "momentum", momentum, 0, 1, "0 takes each batch alone.")
         if not 0 <= drop_share < 1:
             remedy = "0 keeps all pairs."
@@ -100,8 +90,8 @@ class BetaDPO(_Memory):
             raise fail("BetaDPO", "all_reduce, rank", expected, got, "Pass all three or none.")
         self.beta, self.alpha, self.drop_share, self.momentum = beta, alpha, drop_share, momentum
         self.rank, self.world_size, self._all_reduce = rank, world_size, all_reduce
-        self.register_buffer("gap_mean", torch.zeros(()))
-        self.register_buffer("gap_std", torch.zeros(()))
+        self.register_buffer("gap_mean", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("gap_std", torch.zeros((), dtype=torch.float32))
         self._generator = torch.Generator().manual_seed(seed)
 
     def get_extra_state(self) -> Tensor:
@@ -158,7 +148,7 @@ class BetaDPO(_Memory):
         return torch.zeros_like(batch_B).scatter(0, keys_B.topk(count).indices, 1.0)
 
 
-class RePO(_Memory):
+class RePO(Memory):
     """RE-PO's reliabilities eta of annotators, for :func:`fastpo.losses.re_po`.
 
     After each batch eta_k <- (1 - rate) eta_k + rate * mean of q over the rows of annotator k, for
@@ -194,7 +184,7 @@ class RePO(_Memory):
         check_range("RePO", "initial", initial, 0, 1, "1 takes every label as right.")
         check_range("RePO", "rate", rate, 0, 1, "0 leaves eta as it is.")
         self.rate, self._all_reduce = rate, all_reduce
-        self.register_buffer("eta", torch.full((annotators,), float(initial)))
+        self.register_buffer("eta", torch.full((annotators,), initial, dtype=torch.float32))
 
     def forward(self, annotators: Tensor) -> Tensor:
         """Reliability of each row's annotator, [B]."""
@@ -210,17 +200,18 @@ class RePO(_Memory):
             annotators: [B] the number of each row's annotator.
         """
         check_like("RePO.update", "annotators", annotators, "posteriors", posteriors)
-        # A product with one-hot rows: an index_add would add in any order on a GPU.
+        # One-hot rows: an index_add would add in any order on a GPU, and autocast would take a
+        # matrix product in bfloat16.
         classes_K = torch.arange(len(self.eta), device=annotators.device)
         rows_KB = (classes_K[:, None] == annotators).to(self.eta)
-        sums_2K = torch.stack((rows_KB @ posteriors.to(self.eta), rows_KB.sum(1)))
+        sums_2K = torch.stack(((rows_KB * posteriors.to(self.eta)).sum(1), rows_KB.sum(1)))
         if self._all_reduce is not None:
             sums_2K = self._all_reduce(sums_2K)
         means_K = sums_2K[0] / sums_2K[1].clamp(min=1)
         self.eta.copy_(torch.where(sums_2K[1] > 0, self.eta.lerp(means_K, self.rate), self.eta))
 
 
-class DynamicLabels(_Memory):
+class DynamicLabels(Memory):
     """One soft label per pair of the data set, which moves towards what the policy believes.
 
     l <- (1 - rate) l + rate sigmoid(d) after the pair's loss, from 1. Used by POWER-DL
@@ -250,8 +241,8 @@ class DynamicLabels(_Memory):
         super().__init__()
         check_range("DynamicLabels", "rate", rate, 0, 1, "0 leaves the labels as they are.")
         self.rate, self._all_reduce = rate, all_reduce
-        self.register_buffer("labels", torch.ones(count))
-        self.register_buffer("shared", torch.ones(count))
+        self.register_buffer("labels", torch.ones(count, dtype=torch.float32))
+        self.register_buffer("shared", torch.ones(count, dtype=torch.float32))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Labels [B] of the pairs with these numbers."""

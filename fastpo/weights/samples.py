@@ -54,6 +54,9 @@ def madpo_weights(
     c_min = 1 / c_max if c_min is None else c_min
     if not (0 <= c_min < 1 or c_min == c_max == 1):
         raise fail(name, "c_min", "a number in [0, 1)", repr(c_min), "Leave it out for 1 / c_max.")
+    if not math.isfinite(steepness) or math.isnan(threshold):
+        got, remedy = f"{steepness}, {threshold}", "Leave them out for 1 and log(999)."
+        raise fail(name, "steepness, threshold", "a finite number and a number", got, remedy)
     margin_B = accumulation(chosen_scores) - accumulation(rejected_scores)
     if c_max == 1 and c_min == 1:
         return torch.ones_like(margin_B)

@@ -172,6 +172,19 @@ def test_adpo_kl_is_the_k3_estimate(lists):
     torch.testing.assert_close(at_anchor, adpo(ref, ref, scores).loss)
 
 
+def test_adpo_kl_never_pushes_away():
+    """Beyond the largest exponent it is held: its gradient ends, it does not change sign."""
+    policy = torch.tensor([[-79.0, 0.0], [-81.0, 0.0], [-1e4, 0.0]], requires_grad=True)
+    scores = torch.ones(3, 2)
+    without, with_kl = (
+        adpo(policy, torch.zeros(3, 2), scores, kl_weight=weight, reduction="sum").loss
+        for weight in (0.0, 1.0)
+    )
+    (grad,) = torch.autograd.grad(with_kl - without, policy)
+    assert grad[0, 0] < 0
+    assert (grad[1:] == 0).all()
+
+
 def test_adaptive_tau_by_hand():
     policy, counts = (
         torch.tensor([[-4.0, -8.0], [-0.0, -0.0], [-90.0, -90.0]]),

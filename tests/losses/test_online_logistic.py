@@ -343,3 +343,18 @@ def test_the_maximiser_of_reward_plus_weighted_entropy_has_the_rewards_of_power(
 def test_errors_name_what_came(call, match, exact):
     with pytest.raises(ValueError, match=match):
         call(exact)
+
+
+def test_labels_and_targets_do_not_spread_over_the_batch():
+    margins, column = torch.zeros(3), torch.zeros(3, 1)
+    with pytest.raises(ValueError, match=r"soft_logistic: label: .* \[3\] .* got \[3, 1\]"):
+        losses.soft_logistic(margins, column)
+    with pytest.raises(ValueError, match=r"squared: target: .* \[3\] .* got \[3, 1\]"):
+        losses.squared(margins, column)
+    assert losses.squared(margins, torch.ones(())).tolist() == [1.0] * 3
+
+
+def test_margin_coefficients_are_finite():
+    streams = {"policy": (torch.zeros(2), torch.zeros(2))}
+    with pytest.raises(ValueError, match=r"margin: coefficients\['policy'\]: expected a finite"):
+        losses.margin(streams, {"policy": math.nan})

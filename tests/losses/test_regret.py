@@ -34,6 +34,12 @@ def test_optimal_values_vector(check_vector, vector_dtype):
     check_vector(optimal_values(features, torch.ones(1, dtype=vector_dtype)), 1.0017615305)
 
 
+def test_optimal_values_are_not_rounded_by_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        got = optimal_values(torch.tensor([[1.0], [2.003]]), torch.ones(1))
+    torch.testing.assert_close(got, torch.tensor(2.003))
+
+
 def test_optimal_values_go_from_mean_to_maximum():
     features = torch.randn(4, 3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([0.5, -1.0], dtype=F64)

@@ -125,6 +125,10 @@ def test_flip_weakest(fraction, flips):
     assert flipped.nonzero()[:, 0].tolist() == (list(range(5)) if flips is None else flips)
 
 
+def test_flip_weakest_does_not_lose_a_pair_to_rounding():
+    assert flip_weakest(torch.arange(100.0), 0.29).sum() == 29  # 0.29 * 100 is 28.999...
+
+
 def test_flip_weakest_of_ties_goes_by_position():
     assert flip_weakest(torch.zeros(4), 0.5).tolist() == [True, True, False, False]
 
@@ -166,6 +170,8 @@ def test_errors(f1):
         rm_secrets2(*pair, pair[0], flipped=pair[0])
     with pytest.raises(ValueError, match=r"preference_strength: .* expected \[B, M\]"):
         preference_strength(*pair)
+    with pytest.raises(ValueError, match=r"preference_strength: .* got \[3, 1\]"):
+        preference_strength(*(scores[:, None] for scores in pair))
     with pytest.raises(ValueError, match=r"flip_weakest: fraction: expected a number in \[0, 1\]"):
         flip_weakest(pair[0], math.nan)
     with pytest.raises(ValueError, match=r"v0: alpha: expected a number in \[0, 1\]"):

@@ -78,8 +78,16 @@ def test_casting_a_model_does_not_round_the_mean():
     delta = BCODelta()
     want = delta(torch.tensor([0.1, 0.7]))
     torch.nn.Sequential(delta).bfloat16()
+    torch.nn.Sequential(delta).float()
     assert delta.mean.dtype == torch.float64
     assert delta.eval()(BATCHES[0]) == want
+
+
+def test_made_without_storage_and_then_given_some():
+    with torch.device("meta"):
+        delta = BCODelta()
+    delta.to_empty(device="cpu").load_state_dict(BCODelta().state_dict())
+    assert delta(BATCHES[0]) == 0.5
 
 
 @pytest.mark.parametrize("convention", ["rows", "batch_means"])

@@ -105,6 +105,13 @@ def test_dual_gap_is_what_two_best_answers_gain(game):
         assert value(policy, other, ref, preferences, 0.5) >= worst
 
 
+def test_dual_gap_is_not_rounded_by_autocast():
+    arguments = THETA.log_softmax(0).float(), UNIFORM.log_softmax(0).float(), MIXED.float(), 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        got = losses.dual_gap(*arguments)
+    assert torch.equal(got, losses.dual_gap(*arguments))
+
+
 def test_dual_gap_is_0_at_the_nash_policy_alone(game):
     preferences, ref = game
     solution = nash(ref, preferences, 0.5).log()
