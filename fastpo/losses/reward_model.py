@@ -17,7 +17,9 @@ from fastpo.losses._common import (
     LossOutput,
     Reduction,
     check_choice,
+    check_flags,
     check_not_negative,
+    check_share,
     fail,
     pair_output,
     prepare,
@@ -227,10 +229,7 @@ def rm_secrets2(
     )
     margin_B = chosen_B - rejected_B
     if flipped is not None:
-        if flipped.dtype != torch.bool or flipped.shape != chosen_B.shape:
-            got = f"{flipped.dtype} {list(flipped.shape)}"
-            expected = f"torch.bool {list(chosen_B.shape)}"
-            raise fail("rm_secrets2", "flipped", expected, got, "Pass one flag per pair.")
+        check_flags("rm_secrets2", "flipped", flipped, chosen_B)
         margin_B = torch.where(flipped, -margin_B, margin_B)
         strengths_B = torch.where(flipped, -strengths_B, strengths_B)
     if form == "soft_label":
@@ -270,8 +269,7 @@ def v0(
         >>> round(v0(torch.tensor([1.2, -0.3]), torch.tensor([0.4, 0.5])).loss.item(), 4)
         0.7562
     """
-    if not 0 <= alpha <= 1:
-        raise fail("v0", "alpha", "a number in [0, 1]", repr(alpha), "0 is cross-entropy alone.")
+    check_share("v0", "alpha", alpha)
     check_choice("v0", "reduction", reduction, REDUCTIONS)
     ones = torch.ones_like(chosen_scores)
     chosen_B, rejected_B, chosen_labels_B, rejected_labels_B = prepare(

@@ -61,7 +61,7 @@ def raft(
         torch.where(kept, counts_B, 0.0),
     )
     loss_B = negative_log_likelihood(kept_policy_B, kept_counts_B, "token_mean")
-    return unpaired_output(loss_B, policy_B / counts_B.clamp(min=1), reduction)
+    return unpaired_output(loss_B, mean_logprobs(policy_B, counts_B), reduction)
 
 
 def codpo(

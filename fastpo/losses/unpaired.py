@@ -17,6 +17,7 @@ from fastpo.losses._common import (
     UnpairedOutput,
     check_choice,
     check_finite,
+    check_flags,
     check_not_negative,
     check_positive,
     fail,
@@ -43,10 +44,7 @@ def _check_options(
 def _responses(loss: str, policy: Tensor, ref: Tensor, desirable: Tensor) -> list[Tensor]:
     """Checked log-probs [B] of policy and reference, whose labels are bool [B]."""
     statistics = prepare(loss, policy=policy, ref=ref)
-    if desirable.dtype != torch.bool or desirable.shape != policy.shape:
-        got = f"{desirable.dtype} {list(desirable.shape)}"
-        remedy = "Compare labels with 0 or 1 to get bool, one per response."
-        raise fail(loss, "desirable", f"torch.bool {list(policy.shape)}", got, remedy)
+    check_flags(loss, "desirable", desirable, policy)
     return statistics
 
 
