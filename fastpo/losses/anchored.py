@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -21,8 +22,8 @@ from fastpo.losses.margins import soft_logistic, squared
 
 
 def nca_pair(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.01,
@@ -51,8 +52,8 @@ def nca_pair(
 
 
 def bco_pair(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.01,
@@ -81,8 +82,8 @@ def bco_pair(
 
 
 def sppo_hard(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.001,
@@ -111,8 +112,8 @@ def sppo_hard(
 
 
 def apo_zero(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
@@ -139,8 +140,8 @@ def apo_zero(
 
 
 def apo_down(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
@@ -165,8 +166,8 @@ def apo_down(
 
 
 def cal_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,

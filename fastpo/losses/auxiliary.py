@@ -5,8 +5,11 @@ Inputs, a, b and d are those of :mod:`fastpo.losses.pairwise`.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
+from fastpo.inputs import Over, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -22,13 +25,15 @@ from fastpo.losses._common import (
 from fastpo.losses.margins import soft_logistic
 from fastpo.losses.reference_free import orpo
 
+_RATIONALE = Over("a rationale, given the prompt and both responses")
+
 
 def rationale_rdpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    extra: Tensor,
+    extra: Annotated[Trained, _RATIONALE],
     beta: float = 0.1,
     gamma: float = 0.001,
     reduction: Reduction = "mean",
@@ -60,11 +65,11 @@ def rationale_rdpo(
 
 
 def rationale_rorpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
-    extra: Tensor,
+    extra: Annotated[Trained, _RATIONALE],
     extra_counts: Tensor,
     beta: float = 0.1,
     gamma: float = 0.001,
@@ -102,12 +107,12 @@ def rationale_rorpo(
 
 
 def ofs_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    slow_chosen: Tensor,
-    slow_rejected: Tensor,
+    slow_chosen: Trained,
+    slow_rejected: Trained,
     alpha: float,
     beta: float = 0.1,
     reduction: Reduction = "mean",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     NLL_MEANS,
     REDUCTIONS,
@@ -32,7 +33,7 @@ from fastpo.losses.margins import soft_logistic
 
 
 def sft(
-    policy_chosen: Tensor,
+    policy_chosen: Trained,
     chosen_counts: Tensor,
     nll_mean: NllMean = "token_mean",
     reduction: Reduction = "mean",
@@ -136,15 +137,15 @@ def _with_nll(
 
 
 def rpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,
     beta: float = 0.01,
     eta: float = 0.005,
     nll_mean: NllMean = "token_mean",
-    nll_sums: Tensor | None = None,
+    nll_sums: Trained | None = None,
     nll_counts: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> LossOutput:
@@ -173,8 +174,8 @@ def rpo(
 
 
 def iterative_rpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,
@@ -208,8 +209,8 @@ def iterative_rpo(
 
 
 def mpo_internvl(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages.crpg import crpg_rewards
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -26,7 +27,7 @@ from fastpo.losses._common import (
 
 
 def crpg(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     counts: Tensor,
     scores: Tensor,
@@ -83,7 +84,7 @@ def crpg(
 
 
 def c_morl_barrier(
-    policy: Tensor,
+    policy: Trained,
     old_policy: Tensor,
     returns: Tensor,
     objective: int,

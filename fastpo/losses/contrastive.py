@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import relu
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     NLL_MEANS,
     REDUCTIONS,
@@ -85,8 +86,8 @@ def _statistics(
 
 
 def cpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 0.1,
@@ -138,8 +139,8 @@ def cpo(
 
 
 def cpo_simpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 2.0,
@@ -186,9 +187,9 @@ def cpo_simpo(
 
 
 def tpo_triple(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    extra: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
+    extra: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     extra_counts: Tensor,

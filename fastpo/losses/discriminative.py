@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -38,14 +39,14 @@ from fastpo.losses._lists import masked_mean
 
 
 def trpa(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     counts: Tensor,
     levels: Tensor,
     mask: Tensor | None = None,
     beta: float = 0.1,
     anisotropy: float = 2.5,
-    kl: Tensor | None = None,
+    kl: Trained | None = None,
     kl_weight: float = 0.001,
     reduction: Reduction = "mean",
 ) -> UnpairedOutput:
@@ -143,11 +144,11 @@ def _disco(
 
 
 def disco(
-    policy: Tensor,
+    policy: Trained,
     desirable: Tensor,
     mask: Tensor | None = None,
     tau: float = 1.0,
-    kl: Tensor | None = None,
+    kl: Trained | None = None,
     kl_weight: float = 1e3,
     kl_max: float = 1e-4,
     reduction: Reduction = "mean",
@@ -192,10 +193,10 @@ def disco(
 
 
 def discob(
-    policy: Tensor,
+    policy: Trained,
     desirable: Tensor,
     mask: Tensor | None = None,
-    kl: Tensor | None = None,
+    kl: Trained | None = None,
     kl_weight: float = 1e3,
     kl_max: float = 1e-4,
     reduction: Reduction = "mean",
@@ -218,7 +219,7 @@ def discob(
 
 
 def gepo(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     desirable: Tensor,
     mask: Tensor | None = None,

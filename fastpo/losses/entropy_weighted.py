@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -57,8 +58,8 @@ def _power(
 
 
 def power(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 2.0,
@@ -97,8 +98,8 @@ def power(
 
 
 def power_dl(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     label: Tensor,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Over, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -23,6 +24,7 @@ from fastpo.losses._common import (
 from fastpo.losses._lists import prepare_lists
 from fastpo.losses.margins import soft_logistic
 
+_OTHER_PROMPT = Over("the chosen response under a prompt that it does not fit")
 # Below it Hellinger and JS go on along their tangent: both have a pole further down.
 LOWEST = -0.5
 
@@ -43,7 +45,7 @@ WITH_POLE = {
 
 
 def sft_fdiv(
-    policy_chosen: Tensor,
+    policy_chosen: Trained,
     ref_chosen: Tensor,
     beta: float = 0.1,
     divergence: Literal["chi2", "hellinger", "js"] = "chi2",
@@ -90,11 +92,11 @@ def sft_fdiv(
 
 
 def mapl(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Annotated[Trained, _OTHER_PROMPT],
     ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    other_margins: Tensor | None = None,
+    ref_rejected: Annotated[Tensor, _OTHER_PROMPT],
+    other_margins: Trained | None = None,
     beta: float = 0.1,
     reduction: Reduction = "mean",
 ) -> LossOutput:
@@ -135,7 +137,7 @@ def mapl(
 
 
 def tpo_tree(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,

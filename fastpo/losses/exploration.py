@@ -7,11 +7,11 @@ policies never get a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -23,6 +23,7 @@ from fastpo.losses._common import (
     prepare,
     reduce,
 )
+from fastpo.losses.history import History
 from fastpo.losses.margins import soft_logistic, squared
 
 
@@ -52,11 +53,11 @@ def _with_bonus(
 
 
 def selm(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    extra: Tensor,
+    extra: Trained,
     ref_extra: Tensor,
     beta: float = 0.01,
     alpha: float = 1e-3,
@@ -87,11 +88,11 @@ def selm(
 
 
 def xpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    extra: Tensor,
+    extra: Trained,
     beta: float = 0.1,
     alpha: float = 1e-5,
     form: Literal["logistic", "ipo"] = "logistic",
@@ -128,11 +129,11 @@ def xpo(
 
 
 def vpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    extra: Tensor | None = None,
+    extra: Trained | None = None,
     ref_extra: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.01,
@@ -178,12 +179,12 @@ def vpo(
 
 
 def accelerated_po(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    history_chosen: Sequence[Tensor] = (),
-    history_rejected: Sequence[Tensor] = (),
+    history_chosen: History = (),
+    history_rejected: History = (),
     beta: float = 0.1,
     alpha: float = 0.3,
     reduction: Reduction = "mean",

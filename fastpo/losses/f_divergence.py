@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
     LossOutput,
@@ -83,8 +84,8 @@ def f_divergence_score(
 
 
 def f_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import check_positive, fail
 
 
-def dual_gap(policy: Tensor, ref: Tensor, preferences: Tensor, beta: float) -> Tensor:
+def dual_gap(policy: Trained, ref: Tensor, preferences: Tensor, beta: float) -> Tensor:
     """Duality gap of a policy in a tabular game; 0 at the Nash policy alone.
 
     The game's value of policy pi against mu is pi^T P mu - beta KL(pi || ref) + beta KL(mu || ref).

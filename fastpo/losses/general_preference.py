@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -64,9 +65,9 @@ def gpm_score(first: Tensor, second: Tensor, scales: Tensor | None = None) -> Te
 
 
 def gpm(
-    chosen_embeddings: Tensor,
-    rejected_embeddings: Tensor,
-    scales: Tensor | None = None,
+    chosen_embeddings: Trained,
+    rejected_embeddings: Trained,
+    scales: Trained | None = None,
     margins: Tensor | None = None,
     tau: float | None = None,
     form: Literal["logistic", "regression"] = "logistic",
@@ -141,7 +142,7 @@ def gpo_scores(table: Tensor) -> Tensor:
 
 
 def gpo(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,
@@ -185,8 +186,8 @@ def gpo(
 
 
 def gpo_pair(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_scores: Tensor,

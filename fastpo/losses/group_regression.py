@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -51,13 +52,13 @@ def _standardized(values_PG: Tensor, mask_PG: Tensor, eps: float, convention: st
 
 
 def reg_grpo(
-    policy: Tensor,
+    policy: Trained,
     old_policy: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,
     eps: float = 1e-4,
     convention: Literal["smooth", "added"] = "smooth",
-    kl: Tensor | None = None,
+    kl: Trained | None = None,
     kl_weight: float = 0.1,
     reduction: Reduction = "mean",
 ) -> UnpairedOutput:
@@ -191,7 +192,7 @@ def a2po_values(scores: Tensor, mask: Tensor | None = None, beta: float = 0.5) -
 
 
 def a2po(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     values: Tensor,
@@ -234,7 +235,7 @@ def a2po(
 
 
 def kimi_mdpo(
-    policy: Tensor,
+    policy: Trained,
     old_policy: Tensor,
     scores: Tensor,
     tau: float,

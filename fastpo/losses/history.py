@@ -7,9 +7,11 @@ history gets a gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor
 
+from fastpo.inputs import ESSENTIAL, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -22,6 +24,10 @@ from fastpo.losses._common import (
     prepare,
 )
 from fastpo.losses.margins import combine, squared
+
+# Log-probs of earlier policies: without any, which is right in a first round alone, the loss is a
+# plainer one.
+History = Annotated[Sequence[Tensor], ESSENTIAL]
 
 
 def _history_loss(
@@ -58,12 +64,12 @@ def _check_histories(loss: str, chosen: Sequence[Tensor], rejected: Sequence[Ten
 
 
 def inpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    history_chosen: Sequence[Tensor] = (),
-    history_rejected: Sequence[Tensor] = (),
+    history_chosen: History = (),
+    history_rejected: History = (),
     eta: float = 0.005,
     ratio: float = 1 / 3,
     reduction: Reduction = "mean",
@@ -105,12 +111,12 @@ def inpo(
 
 
 def mnpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    history_chosen: Sequence[Tensor] = (),
-    history_rejected: Sequence[Tensor] = (),
+    history_chosen: History = (),
+    history_rejected: History = (),
     history_weights: Sequence[float] | None = None,
     eta: float = 0.0075,
     ratio: float = 1 / 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -17,14 +18,14 @@ from fastpo.losses.margins import squared
 
 
 def srpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    chosen_given_rejected: Tensor,
-    rejected_given_chosen: Tensor,
-    chosen_given_chosen: Tensor,
-    rejected_given_rejected: Tensor,
+    chosen_given_rejected: Trained,
+    rejected_given_chosen: Trained,
+    chosen_given_chosen: Trained,
+    rejected_given_rejected: Trained,
     ref_chosen_given_rejected: Tensor,
     ref_rejected_given_chosen: Tensor,
     ref_chosen_given_chosen: Tensor,

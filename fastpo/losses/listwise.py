@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
     REDUCTIONS,
@@ -29,7 +30,7 @@ from fastpo.losses._lists import best_first, masked_mean, prepare_lists, suffix_
 
 
 def pro(
-    policy: Tensor,
+    policy: Trained,
     counts: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,
@@ -82,7 +83,7 @@ def pro(
 
 
 def pl_dpo(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,
@@ -137,7 +138,7 @@ def _whitened(scores_BK: Tensor, mask_BK: Tensor) -> Tensor:
 
 
 def adpo(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     mask: Tensor | None = None,

@@ -7,11 +7,12 @@ chosen beats rejected. Neither the reference nor the label gets a gradient.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from fastpo.inputs import ESSENTIAL, Over, Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -23,6 +24,10 @@ from fastpo.losses._common import (
     reduce_kept,
 )
 from fastpo.losses.margins import soft_logistic, squared
+
+_SUFFIX = Over("the tokens from the first one on that differs")
+Suffix = Annotated[Trained, _SUFFIX]
+RefSuffix = Annotated[Tensor, _SUFFIX]
 
 
 def _soft_label_ce(
@@ -37,8 +42,8 @@ def _soft_label_ce(
 
 
 def soft_label_ce(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     label: Tensor,
@@ -67,8 +72,8 @@ def soft_label_ce(
 
 
 def osp(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     label: Tensor,
@@ -100,8 +105,8 @@ def osp(
 
 
 def dno(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_win_rates: Tensor,
@@ -141,13 +146,13 @@ def dno(
 
 
 def mcts_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_counts: Tensor,
-    rejected_counts: Tensor,
-    label: Tensor | None = None,
+    policy_chosen: Suffix,
+    policy_rejected: Suffix,
+    ref_chosen: RefSuffix,
+    ref_rejected: RefSuffix,
+    chosen_counts: RefSuffix,
+    rejected_counts: RefSuffix,
+    label: Annotated[Tensor | None, ESSENTIAL] = None,
     beta: float = 0.1,
     form: Literal["logistic", "ipo"] = "logistic",
     length_exponent: float = 1.25,

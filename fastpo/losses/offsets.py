@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
     LossOutput,
@@ -35,8 +36,8 @@ FORMS = ("easy", "clip", "soft_floor", "paper")
 
 
 def modpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_margins: Sequence[Tensor],
@@ -101,8 +102,8 @@ def _reciprocal(mean_B: Tensor, form: str, margin_of: str) -> Tensor:
 
 
 def cpo_constrained(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,

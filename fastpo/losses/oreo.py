@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -59,13 +60,13 @@ def _next_state_sums(suffix_BT: Tensor, state_mask_BT: Tensor) -> Tensor:
 
 
 def oreo(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
-    values: Tensor,
+    values: Trained,
     rewards: Tensor,
     action_mask: Tensor,
     state_mask: Tensor,
-    kl: Tensor | None = None,
+    kl: Trained | None = None,
     beta: float = 0.03,
     kl_weight: float = 0.01,
     level: Literal["token", "step"] = "token",

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import relu
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -28,8 +29,8 @@ from fastpo.losses.margins import soft_logistic
 
 
 def dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
@@ -74,8 +75,8 @@ def dpo(
 
 
 def hinge(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
@@ -115,8 +116,8 @@ def hinge(
 
 
 def ipo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor | None = None,

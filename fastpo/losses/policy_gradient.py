@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -48,8 +49,8 @@ def _prepare_rows(loss: str, dims: str, **statistics: Tensor) -> list[Tensor]:
 
 
 def copg(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_scores: Tensor,
@@ -95,7 +96,7 @@ def copg(
 
 
 def copg_groups(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     scores: Tensor,
     beta: float = 0.1,
@@ -140,7 +141,7 @@ def copg_groups(
 
 
 def nash_md(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     mask: Tensor,
     win_rates: Tensor,
@@ -195,7 +196,7 @@ def nash_md(
 
 
 def rloo(
-    policy: Tensor,
+    policy: Trained,
     old_policy: Tensor,
     advantages: Tensor,
     clip_low: float = 0.2,
@@ -247,7 +248,7 @@ def rloo(
 
 
 def remax(
-    policy: Tensor, returns: Tensor, mask: Tensor, reduction: Reduction = "mean"
+    policy: Trained, returns: Tensor, mask: Tensor, reduction: Reduction = "mean"
 ) -> UnpairedOutput:
     """ReMax: REINFORCE by token, on returns above those of the greedy response.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
     NLL_MEANS,
@@ -57,8 +58,8 @@ def _mean_pair(
 
 
 def simpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 2.0,
@@ -106,13 +107,13 @@ def simpo(
 
 
 def orpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 0.1,
     nll_mean: NllMean = "token_mean",
-    nll_sums: Tensor | None = None,
+    nll_sums: Trained | None = None,
     nll_counts: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> LossOutput:
@@ -175,8 +176,8 @@ def orpo(
 
 
 def alphapo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     alpha: float = 0.25,
@@ -225,8 +226,8 @@ def alphapo(
 
 
 def asft(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     chosen_counts: Tensor,
     rejected_counts: Tensor,
     beta: float = 1.0,

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -31,8 +32,8 @@ from fastpo.losses.margins import squared
 
 
 def rebel(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_scores: Tensor,
@@ -78,8 +79,8 @@ def rebel(
 
 
 def online_ipo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     label: Tensor,
@@ -113,8 +114,8 @@ def online_ipo(
 
 
 def egpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_win_rates: Tensor,
@@ -214,8 +215,8 @@ def prefix_sums(values: Tensor, mask: Tensor, chunks: int) -> tuple[Tensor, Tens
 
 
 def sppo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_win_rates: Tensor,
@@ -260,8 +261,8 @@ def sppo(
 
 
 def sppo_single(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     label: Tensor,

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -55,12 +56,12 @@ def optimal_values(features: Tensor, weights: Tensor, temperature: float = 0.001
 
 
 def regret_pref(
-    chosen_returns: Tensor,
-    rejected_returns: Tensor,
-    chosen_starts: Tensor | None = None,
-    chosen_ends: Tensor | None = None,
-    rejected_starts: Tensor | None = None,
-    rejected_ends: Tensor | None = None,
+    chosen_returns: Trained,
+    rejected_returns: Trained,
+    chosen_starts: Trained | None = None,
+    chosen_ends: Trained | None = None,
+    rejected_starts: Trained | None = None,
+    rejected_ends: Trained | None = None,
     label: Tensor | float = 1.0,
     model: Literal["regret", "partial_return"] = "regret",
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0),

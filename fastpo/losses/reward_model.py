@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -29,7 +30,7 @@ from fastpo.losses.margins import soft_logistic
 
 
 def rm_bt(
-    chosen_scores: Tensor, rejected_scores: Tensor, reduction: Reduction = "mean"
+    chosen_scores: Trained, rejected_scores: Trained, reduction: Reduction = "mean"
 ) -> LossOutput:
     """Bradley-Terry reward model: -logsigmoid(r_chosen - r_rejected)  (arXiv:2203.02155, eq. 1).
 
@@ -56,8 +57,8 @@ def rm_bt(
 
 
 def rm_margin(
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
+    chosen_scores: Trained,
+    rejected_scores: Trained,
     margins: Tensor,
     reduction: Reduction = "mean",
 ) -> LossOutput:
@@ -91,8 +92,8 @@ def rm_margin(
 
 
 def rm_center(
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
+    chosen_scores: Trained,
+    rejected_scores: Trained,
     margins: Tensor | None = None,
     coefficient: float = 0.01,
     reduction: Reduction = "mean",
@@ -187,8 +188,8 @@ def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
 
 
 def rm_secrets2(
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
+    chosen_scores: Trained,
+    rejected_scores: Trained,
     strengths: Tensor,
     form: Literal["soft_label", "adaptive_margin", "hard"] = "soft_label",
     flipped: Tensor | None = None,
@@ -240,8 +241,8 @@ def rm_secrets2(
 
 
 def v0(
-    chosen_scores: Tensor,
-    rejected_scores: Tensor,
+    chosen_scores: Trained,
+    rejected_scores: Trained,
     chosen_labels: Tensor | None = None,
     rejected_labels: Tensor | None = None,
     alpha: float = 0.25,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -28,7 +29,7 @@ from fastpo.losses.margins import soft_logistic
 
 
 def raft(
-    policy: Tensor, counts: Tensor, kept: Tensor, reduction: Reduction = "mean"
+    policy: Trained, counts: Tensor, kept: Tensor, reduction: Reduction = "mean"
 ) -> UnpairedOutput:
     """RAFT: likelihood of the responses that a reward kept.
 
@@ -65,8 +66,8 @@ def raft(
 
 
 def codpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,
@@ -107,7 +108,7 @@ def codpo(
     return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)
 
 
-def crraft(policy: Tensor, weights: Tensor, reduction: Reduction = "mean") -> UnpairedOutput:
+def crraft(policy: Trained, weights: Tensor, reduction: Reduction = "mean") -> UnpairedOutput:
     """Calibrated RAFT of CGPO: likelihood of each prompt's best response, weighted by its reward.
 
     -weight L  (arXiv:2409.20370), averaged over the prompts of weight > 0; the selection and its

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
     Reduction,
@@ -26,8 +27,8 @@ from fastpo.losses.margins import soft_logistic
 
 
 def discopop(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.05,
@@ -61,8 +62,8 @@ def discopop(
 
 
 def sigmoid_norm(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,
@@ -106,8 +107,8 @@ def sigmoid_norm(
 
 
 def dpop(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.3,
@@ -139,8 +140,8 @@ def dpop(
 
 
 def r_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_counts: Tensor,
@@ -186,8 +187,8 @@ def r_dpo(
 
 
 def flex_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta_rejected: float,

@@ -14,9 +14,12 @@ Step-DPO are :func:`dpo` of such sums with the weights and masks of ``fastpo.wei
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.inputs import Over, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -32,14 +35,18 @@ from fastpo.losses._common import (
     reduce,
 )
 
+_PHRASES = Over("the phrases that differ, of fastpo.weights.phrase_masks")
+Phrases = Annotated[Trained, _PHRASES]
+RefPhrases = Annotated[Tensor, _PHRASES]
+
 
 def tdpo1(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    kl_chosen: Tensor,
-    kl_rejected: Tensor,
+    kl_chosen: Trained,
+    kl_rejected: Trained,
     beta: float = 0.1,
     reduction: Reduction = "mean",
 ) -> LossOutput:
@@ -71,12 +78,12 @@ def tdpo1(
 
 
 def tdpo2(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     kl_chosen: Tensor,
-    kl_rejected: Tensor,
+    kl_rejected: Trained,
     alpha: float = 0.5,
     beta: float = 0.1,
     reduction: Reduction = "mean",
@@ -114,12 +121,12 @@ def tdpo2(
 
 
 def sparse_po(
-    log_ratio_chosen: Tensor,
-    log_ratio_rejected: Tensor,
-    kl_chosen: Tensor,
-    kl_rejected: Tensor,
-    mask_l1: Tensor | None = None,
-    kl_mask_l1: Tensor | None = None,
+    log_ratio_chosen: Trained,
+    log_ratio_rejected: Trained,
+    kl_chosen: Trained,
+    kl_rejected: Trained,
+    mask_l1: Trained | None = None,
+    kl_mask_l1: Trained | None = None,
     l1: float = 0.0,
     kl_l1: float = 0.0,
     beta: float = 0.1,
@@ -180,11 +187,11 @@ def sparse_po(
 
 
 def rrpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    kl_chosen: Tensor,
+    policy_chosen: Phrases,
+    policy_rejected: Phrases,
+    ref_chosen: RefPhrases,
+    ref_rejected: RefPhrases,
+    kl_chosen: Trained,
     alpha: float = 0.01,
     beta: float = 0.1,
     reduction: Reduction = "mean",
@@ -221,12 +228,12 @@ def rrpo(
 
 
 def tgdpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
-    guided_chosen: Tensor,
-    guided_rejected: Tensor,
+    guided_chosen: Trained,
+    guided_rejected: Trained,
     alpha: float = 0.5,
     beta: float = 0.1,
     reduction: Reduction = "mean",

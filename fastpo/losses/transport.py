@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -23,8 +24,8 @@ from fastpo.losses.margins import soft_logistic
 
 
 def aot(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
@@ -63,8 +64,8 @@ def aot(
 
 
 def aot_unpaired(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     Reduction,
@@ -60,7 +61,7 @@ def _number(loss: str, argument: str, value: Tensor | float, like: Tensor) -> Te
 
 
 def kto(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     desirable: Tensor,
     kl: Tensor | float,
@@ -116,7 +117,7 @@ def kto(
 
 
 def apo_zero_unpaired(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     desirable: Tensor,
     beta: float = 0.1,
@@ -189,7 +190,7 @@ def udm_weights(desirable_probability: Tensor, low: float = 0.5, high: float = 1
 
 
 def bco(
-    policy: Tensor,
+    policy: Trained,
     ref: Tensor,
     desirable: Tensor,
     delta: Tensor | float,

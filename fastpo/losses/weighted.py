@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
     LossOutput,
@@ -31,8 +32,8 @@ from fastpo.weights.samples import madpo_weights
 
 
 def wpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_weights: Tensor,
@@ -68,8 +69,8 @@ def wpo(
 
 
 def madpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     chosen_scores: Tensor,
@@ -111,8 +112,8 @@ def madpo(
 
 
 def beta_dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     batch_beta: Tensor,
@@ -153,8 +154,8 @@ def beta_dpo(
 
 
 def re_po(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
+    policy_chosen: Trained,
+    policy_rejected: Trained,
     reliability: Tensor,
     ref_chosen: Tensor | None = None,
     ref_rejected: Tensor | None = None,
