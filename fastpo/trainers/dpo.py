@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpo import losses
+from fastpo.inputs import Input, inputs_of
 from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
 from fastpo.trainers.base import StatisticTrainer
@@ -29,9 +30,10 @@ COUNTS = ("chosen_counts", "rejected_counts", "extra_counts")
 KLS = ("kl_chosen", "kl_rejected", "kl_extra")
 # Those that rows of a prompt, a chosen and a rejected completion give.
 SUMS = tuple(names[i] for names in (POLICY, REFERENCE, COUNTS, KLS) for i in range(2))
-# Inputs that carry a gradient: a column of numbers in their place would be silently wrong.
-TRAINED = {*POLICY, *KLS, "nll_sums", "nll_counts", "guided_chosen", "guided_rejected"}
+# What is computed here from the model, whatever columns of that name say.
+COMPUTED = {*POLICY, *COUNTS, *KLS}
 REFERENCES = ("adapter", "copy", "cached")
+_SUBCLASS = "call the loss in pair_loss of a subclass of fastpo.trainers.dpo.DPOTrainer"
 
 
 def loss_function(loss: Loss) -> Callable[..., LossOutput]:
@@ -43,69 +45,81 @@ def loss_function(loss: Loss) -> Callable[..., LossOutput]:
     if callable(loss):
         return loss
     if loss not in pair_losses():
-        expected = ", ".join(pair_losses())
-        raise ConfigError(f"loss: expected one of {expected}, got {loss!r}.")
+        more = [name for name in pair_losses() if name not in LOSSES and columns_of(name)]
+        expected = f"one of {', '.join(LOSSES)}, or with further columns {', '.join(more)}"
+        raise ConfigError(f"loss: expected {expected}; got {loss!r}.")
     return getattr(losses, loss)
 
 
 def pair_losses() -> tuple[str, ...]:
-    """Names of the losses over pairs in ``fastpo.losses``."""
+    """Names of the losses over pairs in ``fastpo.losses``, those that need a subclass included."""
     return tuple(
         name
         for name in losses.__all__
-        if {"policy_chosen", "policy_rejected"} <= _inputs(getattr(losses, name)).keys()
+        if {"policy_chosen", "policy_rejected"} <= inputs_of(getattr(losses, name)).keys()
     )
 
 
-def _inputs(function: Callable) -> dict[str, inspect.Parameter]:
-    """The arguments of a loss that are tensors; the others are options."""
-    if inspect.isclass(function):
-        return {}
-    parameters = inspect.signature(function).parameters
-    return {name: p for name, p in parameters.items() if "Tensor" in str(p.annotation)}
+def columns_of(loss: Loss) -> set[str]:
+    """Names of the columns that rows may bring for a loss; none where columns cannot do.
+
+    ``extra_ids``, token ids of a further response, is one of them where the loss takes ``extra``.
+
+    Example:
+        >>> sorted(columns_of("inpo"))
+        ['history_chosen', 'history_rejected', 'ref_chosen', 'ref_rejected']
+        >>> columns_of("ofs_dpo")
+        set()
+    """
+    inputs = inputs_of(loss_function(loss))
+    columns = {name for name, x in inputs.items() if not x.is_trained} - COMPUTED
+    if _refusal(inputs, columns | COMPUTED):
+        return set()
+    return columns | ({"extra_ids"} if "extra" in inputs else set())
 
 
-def _columns(names: Iterable[str]) -> set[str]:
-    """Those of a loss's inputs that rows may bring: all but those that are trained."""
-    names = set(names)
-    return {name for name in names - TRAINED if f"ref_{name}" not in names}
+def _refusal(inputs: dict[str, Input], available: set[str]) -> str:
+    """What a loss needs and does not have, and how to give it; empty if nothing is missing."""
+    for name, x in inputs.items():
+        if x.over:
+            problem = f"{name} over {x.over}, here it is over the whole response to its prompt"
+            return f"{problem}. To train with it {_SUBCLASS}"
+        if name in available or not (x.is_required or x.is_essential):
+            continue
+        makes = f"{name}, which makes the method" if x.is_essential else name
+        if x.is_trained and name not in POLICY:
+            return f"{makes}. It is trained and not computed here: {_SUBCLASS}"
+        if name in ("extra", "extra_counts", "ref_extra"):
+            return f"{makes}. Give the rows a column extra_ids, a further response to each prompt"
+        if name in REFERENCE:
+            return f"{makes}. Set reference, or give the rows a column {name} of log-probs"
+        kind = "a list" if x.is_sequence else "a number"
+        return f"{makes}. Give the rows a column {name}, {kind} per pair"
+    return ""
 
 
 def require_inputs(loss: Loss, available: Iterable[str]) -> None:
     """Whether ``available`` holds every tensor that a loss cannot do without.
 
     Raises:
-        ConfigError: it does not; the message says how to give the one that is missing.
+        ConfigError: it does not; the message says how to give the one that is missing. Also where
+            the method takes something else than the log-probs of whole responses.
 
     Example:
         >>> require_inputs("simpo", SUMS)
     """
-    inputs, available = _inputs(loss_function(loss)), set(available)
-    for name, parameter in inputs.items():
-        if name in available or parameter.default is not parameter.empty:
-            continue
-        if name in ("extra", "extra_counts", "ref_extra"):
-            remedy = "Give the rows a column extra_ids, a further response to each prompt"
-        elif name not in _columns(inputs):
-            remedy = "It is trained and not computed here: add it in pair_loss of a subclass"
-        elif name in REFERENCE:
-            remedy = f"Set reference, or give the rows a column {name} of log-probs"
-        elif "Sequence" in str(parameter.annotation):
-            remedy = f"Give the rows a column {name}, a list per pair"
-        else:
-            remedy = f"Give the rows a column {name}, a number per pair"
-        label = loss if isinstance(loss, str) else loss.__name__
-        where = "the command line takes no such columns, fastpo.trainers.dpo.DPOTrainer does"
-        raise ConfigError(f"loss: {label} needs {name}. {remedy}; {where}.")
+    problem = _refusal(inputs_of(loss_function(loss)), set(available))
+    if problem:
+        raise ConfigError(f"loss: {_name(loss)} needs {problem}.")
 
 
+def _name(loss: Loss) -> str:
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", str(loss))
+
+
+# Names of the losses that pairs alone are enough for.
 LOSSES = tuple(
-    name
-    for name in pair_losses()
-    if all(
-        argument in SUMS or parameter.default is not parameter.empty
-        for argument, parameter in _inputs(getattr(losses, name)).items()
-    )
+    name for name in pair_losses() if not _refusal(inputs_of(getattr(losses, name)), {*SUMS})
 )
 
 
@@ -129,7 +143,7 @@ def loss_arguments(loss: Loss, /, **options: Any) -> dict[str, Any]:
         with contextlib.suppress(TypeError, ValueError):
             if isinstance(value, str):
                 given[name] = float(value)  # YAML reads 1e-5 as text.
-    for name in known.keys() - _inputs(function).keys() - given.keys():
+    for name in known.keys() - inputs_of(function).keys() - given.keys():
         parameter = known[name]
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             remedy = f"Give it in loss_options (--loss-options {name}=...)."
@@ -183,7 +197,8 @@ class DPOTrainer(StatisticTrainer):
     ):
         self.loss = loss
         self.loss_options = loss_arguments(loss, **(loss_options or {}))
-        self.loss_inputs = _inputs(loss_function(loss)).keys()
+        self.inputs = inputs_of(loss_function(loss))
+        self.loss_inputs = self.inputs.keys()
         has_adapter = hasattr(model, "disable_adapter")
         reference = reference or ("adapter" if has_adapter else "copy")
         if reference not in REFERENCES:
@@ -209,8 +224,7 @@ class DPOTrainer(StatisticTrainer):
         """Loss of a :class:`fastpo.data.tokens.PairCollator` batch; outputs are [P, 4] values."""
         mask = shift_labels(inputs["labels"]) >= 0
         responses = len(mask) // len(inputs["index"])
-        columns = _columns(self.loss_inputs) & inputs.keys()
-        given = {name: _column(inputs[name]) for name in columns}
+        given = self._columns(inputs)
         given |= zip(COUNTS, sequence_counts(mask).chunk(responses), strict=False)
         reference = None
         if self.reference in ("adapter", "copy"):
@@ -230,6 +244,22 @@ class DPOTrainer(StatisticTrainer):
             self.record(inputs, out.loss, pair_metrics(values_P4) | own)
         return (out.loss, values_P4) if return_outputs else out.loss
 
+    def _columns(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """The columns of a batch that the loss takes: numbers [P], or for lists a tuple of [P]."""
+        given = {}
+        for name in self.loss_inputs & batch.keys() - COMPUTED:
+            x, values = self.inputs[name], batch[name]
+            if x.is_trained:
+                problem = f"{name} is trained in {_name(self.loss)}, a column of numbers is not"
+                raise ConfigError(f"{name}: {problem}. Leave it out: {_SUBCLASS}.")
+            if values.ndim > 1 and not x.is_sequence:
+                shape = list(values.shape)
+                raise ConfigError(f"{name}: expected a column of a number per pair, got {shape}.")
+            given[name] = values
+            if x.is_sequence:
+                given[name] = values.unbind(1) if values.ndim > 1 else (values,)
+        return given
+
     def pair_loss(self, given: dict[str, Any], inputs: dict[str, Tensor]) -> LossOutput:
         """The loss of a batch; where a subclass adds inputs that depend on it, such as its state.
 
@@ -237,7 +267,8 @@ class DPOTrainer(StatisticTrainer):
             given: tensors by the names of the loss's arguments, and some that it has no use for.
             inputs: the batch.
         """
-        require_inputs(self.loss, given)
+        # An empty list of histories is none.
+        require_inputs(self.loss, (name for name, value in given.items() if value != ()))
         tensors = {name: given[name] for name in self.loss_inputs & given.keys()}
         return loss_function(self.loss)(**tensors, **self.loss_options)
 
@@ -259,11 +290,6 @@ class DPOTrainer(StatisticTrainer):
         inputs = self._prepare_inputs(inputs)
         loss, values_P4 = self.compute_loss(model, inputs, return_outputs=True)
         return loss, values_P4, inputs["index"]
-
-
-def _column(values: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """A column of numbers [P], or of lists [P, J] as a sequence of [P]."""
-    return values.unbind(1) if values.ndim == 2 else values
 
 
 def statistic(model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **more: Any) -> Any:
