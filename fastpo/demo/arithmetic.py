@@ -23,7 +23,7 @@ RANDOM_ANSWERS = 0.5
 FIT_COPIES = 100
 
 
-def right(prompts: list[str], completions: list[str], answer: list[str], **columns) -> list[float]:
+def right(completions: list[str], answer: list[str], **columns) -> list[float]:
     """The reward: 1 for exactly the answer, else 0."""
     return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 

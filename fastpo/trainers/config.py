@@ -12,7 +12,7 @@ REFERENCE_CHOICES = ("auto", "adapter", "copy", "cached")
 # May differ between a run and its continuation; all else would make it another run.
 FREE_ON_RESUME = (
     "output", "resume", "resume_from", "epochs", "max_steps", "logging_steps", "eval_steps",
-    "save_steps", "save_total_limit", "tensorboard", "progress",
+    "save_steps", "save_total_limit", "tensorboard", "progress", "reward_seconds",
 )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ class GRPOConfig(RunConfig):
         "", "package.module:function(prompts, completions, **columns), comma separated."
     )
     reward_weights: str = _option("", "A weight per reward function, comma separated; 1 each.")
+    reward_seconds: float = _option(600.0, "Time limit of a call of a reward; 0 for none.")
     samples: int = _option(8, "Completions per prompt.")
     max_new_tokens: int = _option(256, "Tokens of a completion.")
     temperature: float = _option(1.0, "Of sampling; the log-probs are those at this temperature.")

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
+import asyncio
+import contextvars
+import faulthandler
+import functools
+import inspect
 import math
 import os
+import pkgutil
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.sampling import Prompt
 
-# reward(prompts, completions, **columns) gives a number per completion, None or NaN for no score.
+# Called by keywords; a number per completion, None or NaN for no score.
 Reward = Callable[..., Sequence[float | None]]
+
+# What every reward function is given, beside the columns of the rows.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
+# Seconds beyond the limit in which the thread that waits for a function would have raised.
+_GRACE = 5.0
 
 
 class RewardError(RuntimeError):
@@ -43,45 +56,74 @@ class Rewards:
     """Several reward functions and their weights.
 
     Args:
-        functions: each called as ``function(prompts, completions, **columns)`` with lists of the
-            same length: the prompts as they came (text or messages), the texts of the completions
-            without special tokens, and every other column of the rows. They return a number per
-            completion, None or NaN for no score.
+        functions: each called by keywords, as in TRL, with lists of the same length: ``prompts`` as
+            they came (text or messages), ``completions`` (texts without special tokens, or a list
+            of one assistant message where the prompt is messages), ``completion_ids``, every other
+            column of the rows, and with ``trainer_state``. A function without ``**kwargs`` is
+            given those that it names. They return a number per completion, None or NaN for no
+            score; they may be ``async``.
         weights: of the functions; 1 if not given.
+        seconds: that one call may take. It runs in a thread of its own, so that it can be given up
+            even if it swallows exceptions; one that does not let go of the interpreter, as a
+            regular expression may, is ended with the program, and the trace names it. 0 for no
+            limit: functions run in the calling thread then, as those need that set signals.
 
     Raises:
-        ConfigError: there is no function, or not a weight per function.
+        ConfigError: there is no function, not a weight per function, or the limit is out of range.
 
     Example:
-        >>> short = lambda prompts, completions, **columns: [-len(c) for c in completions]
-        >>> right = lambda prompts, completions, answer: [
-        ...     c == a for c, a in zip(completions, answer)
-        ... ]
+        >>> short = lambda completions, **columns: [-len(c) for c in completions]
+        >>> right = lambda completions, answer: [c == a for c, a in zip(completions, answer)]
         >>> rewards = Rewards([short, right], [0.1, 1.0])
         >>> parts = rewards(["1+1=", "1+1="], ["2", "11"], answer=["2", "2"])
         >>> parts, [rewards.total(part) for part in parts]
         ([[-1.0, 1.0], [-2.0, 0.0]], [0.9, -0.2])
     """
 
-    def __init__(self, functions: Sequence[Reward], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: Sequence[Reward],
+        weights: Sequence[float] | None = None,
+        seconds: float = 600.0,
+    ):
         if not functions:
             remedy = "Give one, as --reward package.module:function."
             raise ConfigError(f"reward: there is no reward function. {remedy}")
-        self.functions = list(functions)
+        self.functions, self.seconds = list(functions), seconds
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(self.weights) != len(self.functions):
             counts = f"{len(self.functions)} functions and {len(self.weights)} weights"
             raise ConfigError(f"reward_weights: expected one per function, got {counts}.")
+        if not 0 <= seconds < math.inf:
+            raise ConfigError(f"reward_seconds: expected 0 or more, got {seconds}. 0 is no limit.")
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Whether every function can be called with what there is.
+
+        Raises:
+            ConfigError: one has a parameter that is neither a column nor given to all.
+        """
+        available = (*GIVEN, *columns)
+        for function in self.functions:
+            missing = [name for name in _needed(function) if name not in available]
+            if missing:
+                remedy = "Rewards are called by these keywords: name parameters so, or add a column"
+                raise ConfigError(
+                    f"reward {_name(function)}: takes {', '.join(missing)}; there are "
+                    f"{', '.join(available)}. {remedy}."
+                )
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[str], **columns: list[Any]
+        self, prompts: list[Prompt], completions: list[Any], **columns: Any
     ) -> list[list[float]]:
         """The rewards [R] of each completion, NaN where a function gave no score.
 
         Raises:
-            RewardError: a function raised, or gave something else than a number per completion.
+            RewardError: a function raised, took too long, or gave something else than a number per
+                completion.
         """
-        found = [_scores(function, prompts, completions, columns) for function in self.functions]
+        given = {"prompts": prompts, "completions": completions, **columns}
+        found = [_scores(function, given, self.seconds) for function in self.functions]
         return [list(rewards) for rewards in zip(*found, strict=True)]
 
     def total(self, rewards: Sequence[float]) -> float:
@@ -90,20 +132,104 @@ class Rewards:
         return sum(there) if there else math.nan
 
 
-def _scores(function: Reward, prompts, completions, columns) -> list[float]:
-    name = getattr(function, "__qualname__", repr(function))
+def _name(function: Reward) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _parameters(function: Reward) -> dict[str, inspect.Parameter] | None:
+    """The parameters of a function, None where it takes any keyword or does not say."""
     try:
-        found = function(prompts, completions, **columns)
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
-        raise RewardError(f"reward {name}: raised {problem}.") from error
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of C
+        return None
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return None if takes_any else dict(parameters)
+
+
+def _needed(function: Reward) -> list[str]:
+    """Names of the parameters without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all asynchronous rewards, whose clients may live longer than a call."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="asynchronous rewards", daemon=True).start()
+    return loop
+
+
+async def _awaited(found: Any) -> Any:
+    return await found
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """What a reward function gives, or what it raises: also to leave the program."""
+    try:
+        found = call()
+        if inspect.isawaitable(found):
+            found = asyncio.run_coroutine_threadsafe(_awaited(found), _event_loop()).result()
+        return found, None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and _is_main():
+            raise  # of the person
+        return None, error
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _outcome_within(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """The outcome of a call in a thread, which is left to itself after its time."""
+    outcome: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # which is one of the thread
+        outcome.extend(_outcome(call))
+
+    # A daemon: the program ends though the function does not.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(run,), name="reward", daemon=True)
+    # Where a function does not let go of the interpreter nothing else in it can run, and this ends
+    # the program with a trace of its threads.
+    faulthandler.dump_traceback_later(seconds + _GRACE, exit=True, file=sys.__stderr__)
+    try:
+        thread.start()
+        thread.join(seconds)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    late = TimeoutError(f"has not ended within {seconds:g} s; raise reward_seconds if it may")
+    return tuple(outcome) if outcome else (None, late)
+
+
+def _scores(function: Reward, given: dict[str, Any], seconds: float) -> list[float]:
+    name, count = _name(function), len(given["completions"])
+    named = _parameters(function)
+    if named is not None:
+        given = {key: value for key, value in given.items() if key in named}
+    call = functools.partial(function, **given)
+    found, error = _outcome_within(seconds, call) if seconds else _outcome(call)
+    if error is not None:
+        trace = traceback.extract_tb(error.__traceback__)
+        where = f" ({trace[-1].filename}, line {trace[-1].lineno})" if trace else ""
+        problem = f"raised {type(error).__name__}: {error}{where}"
+        raise RewardError(f"reward {name}: {problem}.") from error
     found = found.tolist() if hasattr(found, "tolist") else found
     is_list = isinstance(found, Sequence)
-    if not is_list or len(found) != len(completions):
+    if not is_list or len(found) != count:
         got = len(found) if is_list else f"a {type(found).__name__}"
         remedy = "Return a list with one number per completion, None for no score."
-        raise RewardError(f"reward {name}: expected {len(completions)} scores, got {got}. {remedy}")
+        raise RewardError(f"reward {name}: expected {count} scores, got {got}. {remedy}")
     return [number(value, f"reward {name}, completion {i}") for i, value in enumerate(found)]
 
 
@@ -113,18 +239,18 @@ def load_rewards(names: str) -> list[Reward]:
     Modules are looked for in the working directory as well.
 
     Raises:
-        ConfigError: a name has another form, or stands for no function.
+        ConfigError: a name has another form, its module fails, or it stands for no function.
     """
     functions = []
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    for name in filter(None, names.split(",")):
-        module, colon, attribute = name.strip().partition(":")
+    for name in filter(None, map(str.strip, names.split(","))):
+        expected = f"reward: expected package.module:function, got {name!r}"
         try:
-            if not colon:
-                raise ValueError("there is no colon")
-            functions.append(getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError, ValueError) as error:
-            expected = "expected package.module:function"
-            raise ConfigError(f"reward: {expected}, got {name!r} ({error}).") from error
+            function = pkgutil.resolve_name(name)
+        except (Exception, SystemExit) as error:  # whatever importing it does
+            raise ConfigError(f"{expected} ({type(error).__name__}: {error}).") from error
+        if not callable(function):
+            raise ConfigError(f"{expected}, which is a {type(function).__name__}.")
+        functions.append(function)
     return functions

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from fastpo.data.records import DataError, check_row, read_jsonl
 from fastpo.data.tokens import encode_row
 from fastpo.trainers.config import ConfigError
-from fastpo.trainers.grpo_rewards import RewardError, Rewards, number
+from fastpo.trainers.grpo_rewards import GIVEN, RewardError, Rewards, number
 from fastpo.trainers.sampling import batches, encode_prompts, generate, seed_of
 
 # Rollout(model, indices of prompts, seed) gives a group per index.
@@ -191,10 +191,13 @@ class SampledGroups:
             raise ConfigError(f"max_length: leaves {max_prompt_length} tokens to prompts. {remedy}")
         self.rows, self.tokenizer, self.rewards, self.sampler = rows, tokenizer, rewards, sampler
         self.samples, self.max_new_tokens, self.batch_size = samples, max_new_tokens, batch_size
+        # What reward functions get as trainer_state; a trainer sets it.
+        self.trainer_state: TrainerState | None = None
+        taken = {"prompt", "row", "completion", *GIVEN}
+        self.columns = sorted({name for row in rows for name in row} - taken)
+        rewards.check(self.columns)
         prompts = [row["prompt"] for row in rows]
         self.prompt_ids = encode_prompts(prompts, tokenizer, max_prompt_length)
-        taken = {"prompt", "row", "prompts", "completions"}
-        self.columns = sorted({name for row in rows for name in row} - taken)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -231,6 +234,11 @@ class SampledGroups:
     def _score(self, index: Sequence[int], ids: list[list[list[int]]]) -> list[list[float]]:
         every = [self.rows[i] for i in index for _ in range(self.samples)]
         columns = {name: [row.get(name) for row in every] for name in self.columns}
-        flat = [tokens for group in ids for tokens in group]
-        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
-        return self.rewards([row["prompt"] for row in every], texts, **columns)
+        columns["completion_ids"] = [tokens for group in ids for tokens in group]
+        texts = self.tokenizer.batch_decode(columns["completion_ids"], skip_special_tokens=True)
+        prompts = [row["prompt"] for row in every]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return self.rewards(prompts, completions, trainer_state=self.trainer_state, **columns)

@@ -231,7 +231,7 @@ def load_rollouts(
         weights = [float(w) for w in config.reward_weights.split(",") if w] or None
     except ValueError as error:
         raise ConfigError(f"reward_weights: expected numbers, got {error}.") from error
-    rewards = Rewards(functions, weights)
+    rewards = Rewards(functions, weights, config.reward_seconds)
     options = {
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
