@@ -3,6 +3,7 @@
     def ofs_dpo(policy_chosen: Trained, ..., slow_chosen: Trained, ...): ...
     def inpo(..., history_chosen: Annotated[Sequence[Tensor], ESSENTIAL] = (), ...): ...
     def rrpo(policy_chosen: Annotated[Trained, Over("the phrases that differ")], ...): ...
+    def f_dpo(..., divergence: Annotated[Divergence, Is("reverse_kl", "dpo")] = "reverse_kl"): ...
     def gdpo(..., lengths: Annotated[Tensor | None, When(convention="verl")] = None, ...): ...
 
 A function of a user may carry the same marks; a tensor without a mark is a constant of the batch.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
@@ -35,6 +37,18 @@ class Over(NamedTuple):
     text: str
 
 
+class Is(NamedTuple):
+    """An option that makes the method another one.
+
+    Attributes:
+        value: of the option.
+        method: what it then is.
+    """
+
+    value: Any
+    method: str
+
+
 class When:
     """An input that is read under these options alone, and refused under others."""
 
@@ -54,12 +68,12 @@ class Input(NamedTuple):
         when: options under which it is read; empty for always.
     """
 
-    is_required: bool
-    is_trained: bool
-    is_essential: bool
-    is_sequence: bool
-    over: str
-    when: dict[str, Any]
+    is_required: bool = False
+    is_trained: bool = False
+    is_essential: bool = False
+    is_sequence: bool = False
+    over: str = ""
+    when: Mapping[str, Any] = MappingProxyType({})
 
     def is_read(self, options: dict[str, Any]) -> bool:
         """Whether the method reads it under these options."""
@@ -74,6 +88,29 @@ def _marks(hint: Any) -> list[Any]:
     return inside + list(getattr(hint, "__metadata__", ()))
 
 
+def _hints(function: Callable) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # of a user's function: names that only its checker knows
+        return {n: p.annotation for n, p in inspect.signature(function).parameters.items()}
+
+
+def plain(function: Callable, options: Mapping[str, Any]) -> str:
+    """Name of the plainer method that a method is under these options; empty if it is its own.
+
+    Example:
+        >>> from fastpo import losses
+        >>> plain(losses.f_dpo, {}), plain(losses.f_dpo, {"divergence": "forward_kl"})
+        ('dpo', '')
+    """
+    parameters = inspect.signature(function).parameters
+    for name, hint in _hints(function).items():
+        for mark in _marks(hint):
+            if isinstance(mark, Is) and options.get(name, parameters[name].default) == mark.value:
+                return mark.method
+    return ""
+
+
 def inputs_of(function: Callable) -> dict[str, Input]:
     """The arguments of a method that are tensors, by name; its other arguments are options.
 
@@ -84,13 +121,8 @@ def inputs_of(function: Callable) -> dict[str, Input]:
     """
     if inspect.isclass(function):
         return {}
-    parameters = inspect.signature(function).parameters
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # of a user's function: names that only its checker knows
-        hints = {name: p.annotation for name, p in parameters.items()}
-    found = {}
-    for name, parameter in parameters.items():
+    hints, found = _hints(function), {}
+    for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, "")
         if "Tensor" not in str(hint) and "Trained" not in str(hint):
             continue

@@ -13,13 +13,13 @@ place of the policy's log-probs and zeros in the place of the reference's.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpo.inputs import Trained
+from fastpo.inputs import Is, Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
     LossOutput,
@@ -89,7 +89,7 @@ def f_dpo(
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     beta: float = 0.1,
-    divergence: Divergence = "reverse_kl",
+    divergence: Annotated[Divergence, Is("reverse_kl", "dpo")] = "reverse_kl",
     alpha: float = 0.5,
     reduction: Reduction = "mean",
 ) -> LossOutput:

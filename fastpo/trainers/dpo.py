@@ -72,10 +72,38 @@ def columns_of(loss: Loss) -> set[str]:
         set()
     """
     inputs = inputs_of(loss_function(loss))
-    columns = {name for name, x in inputs.items() if not x.is_trained} - COMPUTED
+    columns = _constants(inputs)
     if _refusal(inputs, columns | COMPUTED):
         return set()
     return columns | ({"extra_ids"} if "extra" in inputs else set())
+
+
+def _constants(inputs: dict[str, Input]) -> set[str]:
+    """Inputs that are constants of a row; counts of tokens belong to the sums over them."""
+    constants = {name for name, x in inputs.items() if not x.is_trained} - COMPUTED
+    return {name for name in constants if not name.endswith("_counts")}
+
+
+def columns_given(loss: Loss, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The columns of a batch that a loss takes: numbers [P], or for lists a tuple of [P].
+
+    Raises:
+        ConfigError: one stands where the method has something that is trained, or has another form.
+    """
+    inputs, given = inputs_of(loss_function(loss)), {}
+    constants = _constants(inputs)
+    for name in inputs.keys() & batch.keys() - COMPUTED:
+        is_sequence, values = inputs[name].is_sequence, batch[name]
+        if name not in constants:
+            problem = f"{name} is trained in {_name(loss)}, a column of numbers is not"
+            raise ConfigError(f"{name}: {problem}. Leave it out: {_SUBCLASS}.")
+        if values.ndim > 1 and not is_sequence:
+            shape = list(values.shape)
+            raise ConfigError(f"{name}: expected a column of a number per pair, got {shape}.")
+        given[name] = values
+        if is_sequence:
+            given[name] = values.unbind(1) if values.ndim > 1 else (values,)
+    return given
 
 
 def _refusal(inputs: dict[str, Input], available: set[str]) -> str:
@@ -197,8 +225,7 @@ class DPOTrainer(StatisticTrainer):
     ):
         self.loss = loss
         self.loss_options = loss_arguments(loss, **(loss_options or {}))
-        self.inputs = inputs_of(loss_function(loss))
-        self.loss_inputs = self.inputs.keys()
+        self.loss_inputs = inputs_of(loss_function(loss)).keys()
         has_adapter = hasattr(model, "disable_adapter")
         reference = reference or ("adapter" if has_adapter else "copy")
         if reference not in REFERENCES:
@@ -224,7 +251,7 @@ class DPOTrainer(StatisticTrainer):
         """Loss of a :class:`fastpo.data.tokens.PairCollator` batch; outputs are [P, 4] values."""
         mask = shift_labels(inputs["labels"]) >= 0
         responses = len(mask) // len(inputs["index"])
-        given = self._columns(inputs)
+        given = columns_given(self.loss, inputs)
         given |= zip(COUNTS, sequence_counts(mask).chunk(responses), strict=False)
         reference = None
         if self.reference in ("adapter", "copy"):
@@ -243,22 +270,6 @@ class DPOTrainer(StatisticTrainer):
             own = {name: value.float().mean() for name, value in out.metrics.items()}
             self.record(inputs, out.loss, pair_metrics(values_P4) | own)
         return (out.loss, values_P4) if return_outputs else out.loss
-
-    def _columns(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """The columns of a batch that the loss takes: numbers [P], or for lists a tuple of [P]."""
-        given = {}
-        for name in self.loss_inputs & batch.keys() - COMPUTED:
-            x, values = self.inputs[name], batch[name]
-            if x.is_trained:
-                problem = f"{name} is trained in {_name(self.loss)}, a column of numbers is not"
-                raise ConfigError(f"{name}: {problem}. Leave it out: {_SUBCLASS}.")
-            if values.ndim > 1 and not x.is_sequence:
-                shape = list(values.shape)
-                raise ConfigError(f"{name}: expected a column of a number per pair, got {shape}.")
-            given[name] = values
-            if x.is_sequence:
-                given[name] = values.unbind(1) if values.ndim > 1 else (values,)
-        return given
 
     def pair_loss(self, given: dict[str, Any], inputs: dict[str, Tensor]) -> LossOutput:
         """The loss of a batch; where a subclass adds inputs that depend on it, such as its state.

@@ -1,11 +1,12 @@
 """What signatures say of the inputs of losses is what the losses do."""
 
+import doctest
 import inspect
 
 import pytest
 from method_arguments import ARGUMENTS
 
-from fastpo import losses, methods
+from fastpo import inputs, losses, methods
 from fastpo.inputs import inputs_of
 
 # Inputs with a default that no row of the catalogue gives; their shapes are those of the function.
@@ -64,3 +65,7 @@ def test_an_input_is_marked_as_trained_where_it_gets_a_gradient(name):
     function(**given, **OPTIONS.get(name, {})).loss.sum().backward()
     got = {parameter for parameter, values in leaves.items() if values[0].grad is not None}
     assert got == {parameter for parameter in leaves if marked[parameter].is_trained}
+
+
+def test_examples_run():
+    assert doctest.testmod(inputs).failed == 0

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from fastpo import losses
 from fastpo.data.records import PAIR_FIELDS, load_rows
 from fastpo.data.tokens import PairCollator, tokenize_rows
+from fastpo.inputs import Input, inputs_of, plain
 from fastpo.trainers import config as configs
 from fastpo.trainers import dpo, run
 from fastpo.trainers.base import NonFiniteLossError
@@ -97,38 +98,112 @@ NEEDED = {
 }
 
 
-# Their further inputs carry a gradient.
-NOT_COMPUTED = ("srpo", "tgdpo")
+# Losses that are trained by subclasses alone: a further input is trained in the method, or its
+# log-probs are not of whole responses.
+SUBCLASSED = [n for n in pair_losses() if n not in dpo.LOSSES and not dpo.columns_of(n)]
 
 
-@pytest.mark.parametrize("loss", pair_losses())
+def columns(loss):
+    """Random numbers in each further column that a loss takes."""
+    inputs = inputs_of(getattr(losses, loss))
+    found = {}
+    for name in sorted(dpo.columns_of(loss) - {*dpo.REFERENCE, "extra_ids"}):
+        found[name] = torch.rand(4, 2) if inputs[name].is_sequence else torch.rand(4)
+    if loss == "beta_dpo":  # Of the batch: what fastpo.weights.BetaDPO gives.
+        found |= {"batch_beta": torch.tensor(0.3)}
+    return found
+
+
+@pytest.mark.parametrize("loss", [n for n in pair_losses() if n not in SUBCLASSED])
 def test_every_loss_trains(options, loss):
     """With a further response and a column for each input that is not computed here."""
-    inputs = batch(options, extra=True)
-    _, wide = require_columns(loss)
-    for name in require_columns(loss)[0]:
-        inputs[name] = torch.rand(4, 2) if name in wide else torch.rand(4)
-    if loss == "beta_dpo":  # Of the batch: what fastpo.weights.BetaDPO gives.
-        inputs |= {"batch_beta": torch.tensor(0.1), "pair_weights": torch.ones(4)}
+    inputs = batch(options, extra=True) | columns(loss)
     model = load(options)
     subject = trainer(options, model, loss=loss, loss_options=NEEDED.get(loss))
-    if loss in NOT_COMPUTED:
-        with pytest.raises(configs.ConfigError, match=rf"{loss} needs \w+. It is trained and not"):
-            subject.compute_loss(model, inputs)
-        return
     loss = subject.compute_loss(model, inputs)
     loss.backward()
     assert loss.isfinite()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-def require_columns(loss):
-    """Inputs of a loss beside the log-probs and counts of responses; those that are sequences."""
-    parameters = inspect.signature(getattr(losses, loss)).parameters
-    known = {*dpo.POLICY, *dpo.REFERENCE, *dpo.COUNTS, *dpo.KLS}
-    columns = {n: str(p.annotation) for n, p in parameters.items() if "Tensor" in str(p.annotation)}
-    columns = {name: text for name, text in columns.items() if name not in known}
-    return list(columns), [name for name, text in columns.items() if "Sequence" in text]
+@pytest.mark.parametrize("loss", SUBCLASSED)
+def test_what_is_not_computed_is_named(options, loss):
+    """Whatever columns there are, and before anything is loaded."""
+    inputs = inputs_of(getattr(losses, loss))
+    there = {*dpo.COMPUTED, *(name for name, x in inputs.items() if not x.is_trained)}
+    match = rf"{loss} needs \w+( over .*, here it is over the whole|\. It is trained and not compu)"
+    with pytest.raises(configs.ConfigError, match=match):
+        dpo.require_inputs(loss, there)
+    options |= {"model": "missing", "loss": loss, "loss_options": NEEDED.get(loss, {})}
+    with pytest.raises(configs.ConfigError, match=match):
+        run.train_dpo(configs.build(configs.DPOConfig, options))
+
+
+TRAINED = [
+    (loss, name)
+    for loss in pair_losses()
+    for name, x in inputs_of(getattr(losses, loss)).items()
+    if x.is_trained and name not in dpo.COMPUTED
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), TRAINED)
+def test_a_column_never_stands_in_for_what_is_trained(loss, name):
+    with pytest.raises(configs.ConfigError, match=f"{name} is trained in {loss}, a column of num"):
+        dpo.columns_given(loss, {name: torch.rand(4)})
+
+
+def test_trained_inputs_and_those_that_make_a_method_are_asked_for_in_training(options):
+    """What the trainer says of a batch; a history makes the method, an empty one is none."""
+    model, inputs = load(options), batch(options)
+    empty = {f"history_{side}": torch.rand(4, 0) for side in ("chosen", "rejected")}
+    lists = {"label": torch.rand(4, 2)}
+    for loss, more, message in (
+        ("ofs_dpo", {"slow_chosen": torch.rand(4)}, "slow_chosen is trained in ofs_dpo"),
+        ("inpo", {}, "inpo needs history_chosen, which makes the method"),
+        ("mnpo", empty, "mnpo needs history_chosen, which makes the method"),
+        ("accelerated_po", empty, "accelerated_po needs history_chosen, which makes the method"),
+        ("osp", lists, "label: expected a column of a number per pair, got"),
+    ):
+        subject = trainer(
+            options, model, loss=loss, loss_options=NEEDED.get(loss), reference="copy"
+        )
+        with pytest.raises(configs.ConfigError, match=message):
+            subject.compute_loss(model, inputs | more)
+
+
+def value_and_gradient(loss, inputs, **options):
+    """Of the inputs that a loss takes; the gradient of all log-probs of the policy."""
+    function = getattr(losses, loss)
+    policy = {name: inputs[name].clone().requires_grad_() for name in inputs.keys() & dpo.POLICY}
+    known = inspect.signature(function).parameters
+    given = {name: value for name, value in (inputs | policy).items() if name in known}
+    value = function(**given, **options).loss
+    leaves = [policy[name] for name in sorted(policy)]
+    return value, torch.cat(torch.autograd.grad(value, leaves, materialize_grads=True))
+
+
+@pytest.mark.parametrize("loss", [n for n in pair_losses() if n not in SUBCLASSED])
+def test_every_loss_is_another_one_than_dpo_and_ipo(loss):
+    """On random inputs with the same beta, unless the loss declares that they are equal."""
+    torch.manual_seed(0)
+    inputs = {n: -20 * torch.rand(4).double() for n in (*dpo.POLICY, *dpo.REFERENCE)}
+    inputs |= {name: torch.randint(3, 9, (4,)) for name in dpo.COUNTS}
+    inputs |= {name: torch.rand(4).double() for name in dpo.KLS}
+    for name, values in columns(loss).items():
+        inputs[name] = values.unbind(1) if values.ndim > 1 else values
+    function = getattr(losses, loss)
+    if not inputs_of(function).get("extra", Input()).is_required:
+        del inputs["extra"], inputs["ref_extra"]
+    known = inspect.signature(function).parameters
+    beta = next((known[name].default for name in ("beta", "eta") if name in known), 0.1)
+    value, gradient = value_and_gradient(loss, inputs, **NEEDED.get(loss, {}))
+    for other, options in (("dpo", {}), ("ipo", {}), ("ipo", {"convention": "summed"})):
+        plain_value, plain_gradient = value_and_gradient(other, inputs, beta=beta, **options)
+        is_equal = torch.isclose(value, plain_value, rtol=1e-6)
+        assert is_equal == torch.allclose(gradient, plain_gradient, rtol=1e-6)
+        declared = other in (loss, plain(function, NEEDED.get(loss, {})))
+        assert is_equal == (declared and not (loss == "ipo" and options)), other
 
 
 def test_columns_streams_and_extra_reach_the_loss(options):
