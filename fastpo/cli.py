@@ -2,197 +2,218 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, Optional
+from typing import Any, NamedTuple
+
+import fastpo
 
 try:
-    import typer
+    from fastpo.trainers.options import (
+        ConfigError,
+        build,
+        near,
+        option,
+        parse_flags,
+        read_yaml,
+    )
 except ImportError as error:
-    raise SystemExit(f"{error}. The command line needs: pip install 'fastpo[train]'") from error
+    raise SystemExit(f"fastpo: {error}. Remedy: pip install 'fastpo[train]'") from error
 
-from fastpo.trainers.config import (
-    ConfigError,
-    DPOConfig,
-    GRPOConfig,
-    RunConfig,
-    SFTConfig,
-    build,
-    default_of,
-    field_types,
-    read_yaml,
-)
+from fastpo.trainers.config import DPOConfig, GRPOConfig, InitConfig, SFTConfig
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The loss end of preference training.",
-)
-train = typer.Typer(no_args_is_help=True, help="Train a causal LM, or a denoiser.")
-app.add_typer(train, name="train")
 
-# Options given as key=value, once per key.
-_MAPPINGS = ("trainer", "loss_options", "advantage_options")
+@dataclass
+class _Demo:
+    output: str = option("demo_output", "Folder to write.")
 
 
-def _command(
-    cls: type[RunConfig] | type[DiffusionDPOConfig], action: str, text: str, module: str = "run"
-) -> Callable[..., None]:
-    """A command with one flag per field of ``cls``; flags not given leave the YAML values.
+@dataclass
+class _Nothing:
+    pass
 
-    ``action`` is a function of ``fastpo.trainers.<module>``.
-    """
 
-    def command(config: str | None = None, **flags: Any) -> None:
-        given = {name: value for name, value in flags.items() if value is not None}
-        for name in set(_MAPPINGS) & given.keys():
-            given[name] = dict(_key_value(name, text) for text in given[name])
-        options = build(cls, read_yaml(config) if config else {}, given)
-        from fastpo.trainers import run
+@dataclass
+class _Methods:
+    key: str | None = option(None, "Show one method whole.", positional=True)
+    block: str | None = option(None, "Only with such a block.")
+    needs: str | None = option(None, "Only those that need it.")
+    status: str | None = option(None, "confirmed, experimental, outside.")
+    family: str | None = option(None, "pairwise, online, group, diffusion.")
+    markdown: bool = option(False, "Print the README's table.")
 
+
+class Command(NamedTuple):
+    """A command: its options, what it runs, and one line on it."""
+
+    options: type
+    action: Callable[[Any], None]
+    text: str
+
+
+def _train(action: str, module: str = "run") -> Callable[[Any], None]:
+    """Runs a function of ``fastpo.trainers.<module>``."""
+
+    def run(config: Any) -> None:
         try:
             actions = import_module(f"fastpo.trainers.{module}")
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}; pip install 'fastpo[train,diffusion]'.") from error
-        getattr(actions, action)(options)
-        run.leave_ranks()
+        getattr(actions, action)(config)
+        from fastpo.trainers.run import leave_ranks
 
-    path = typer.Option(help="YAML file with any of these options; flags override it.")
-    parameters = [_parameter("config", str, path)]
-    for name, (option, kind, _) in field_types(cls).items():
-        text_of = option.metadata["help"]
-        default = default_of(option)
-        if default not in (None, ""):
-            text_of += f" (default: {default})"  # brackets would be markup
-        if name in _MAPPINGS:
-            kind = list[str]
-        parameters.append(_parameter(name, kind, typer.Option(help=text_of)))
-    command.__signature__ = inspect.Signature(parameters)
-    command.__doc__ = text
-    return command
+        leave_ranks()
+
+    return run
 
 
-def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    # Optional, as the type is known at run time only.
-    annotation = Annotated[Optional[kind], option]  # noqa: UP045
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
-
-
-def _key_value(name: str, text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{name}: expected key=value, got {text!r}.")
-    return key, yaml.safe_load(value)
-
-
-train.command("dpo")(
-    _command(DPOConfig, "train_dpo", "Train on pairs: prompt, chosen, rejected (text or messages).")
-)
-train.command("sft")(
-    _command(SFTConfig, "train_sft", "Fit a model to completions: prompt, completion.")
-)
-
-train.command("grpo")(
-    _command(
-        GRPOConfig,
-        "train_grpo",
-        "Train on groups of completions: of given ones with rewards, or of its own by --reward.",
-    )
-)
-train.command("diffusion-dpo")(
-    _command(
-        DiffusionDPOConfig,
-        "train_diffusion_dpo",
-        "Train a pipeline of diffusers on pairs of images: chosen, rejected, prompt, class_label.",
-        module="diffusion_run",
-    )
-)
-
-
-@app.command("init-model")
-def init_model(
-    output: Annotated[str, typer.Argument(help="Folder to write.")],
-    data: Annotated[str, typer.Option(help="JSONL(.gz) file whose texts train the tokenizer.")],
-    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer, at most.")] = 4096,
-    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-) -> None:
-    """Write a small Llama with random weights and a tokenizer trained on the spot."""
+def _init_model(config: InitConfig) -> None:
     from fastpo.data.records import read_jsonl
     from fastpo.trainers import scratch
 
-    texts = [text for _, row in read_jsonl(data) for text in row.values() if isinstance(text, str)]
+    rows = [row for _, row in read_jsonl(config.data)]
+    texts = [text for row in rows for text in row.values() if isinstance(text, str)]
     model = scratch.init_model(
-        output, texts, vocab_size=vocab_size, hidden_size=hidden_size, layers=layers, heads=heads,
-        seed=seed,
+        config.output, texts, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        layers=config.layers, heads=config.heads, max_length=config.max_length, seed=config.seed,
     )  # fmt: skip
-    print(f"{output}: {model.num_parameters():,} parameters, {model.config.vocab_size} tokens")
+    sizes = f"{model.num_parameters():,} parameters, {model.config.vocab_size} tokens"
+    print(f"{config.output}: {sizes}")
 
 
-@app.command()
-def demo(
-    output: Annotated[str, typer.Option(help="Folder to write.")] = "demo_output",
-) -> None:
-    """Fit a small model, train it on pairs, measure the loss end; no download, a few minutes."""
-    from fastpo import demo as demonstration
+def _demo(config: _Demo) -> None:
+    from fastpo import demo
 
-    demonstration.main(output)
+    demo.main(config.output)
 
 
-@app.command()
-def info() -> None:
-    """Versions, backends and why one is missing."""
-    from fastpo import info as report
+def _info(config: _Nothing) -> None:
+    from fastpo import info
 
-    report.main()
+    info.main()
 
 
-@app.command()
-def methods(
-    key: Annotated[Optional[str], typer.Argument(help="Show one method whole.")] = None,  # noqa: UP045
-    block: Annotated[Optional[str], typer.Option(help="Only with such a block.")] = None,  # noqa: UP045
-    needs: Annotated[Optional[str], typer.Option(help="Only those that need it.")] = None,  # noqa: UP045
-    status: Annotated[Optional[str], typer.Option(help="confirmed, experimental, outside.")] = None,  # noqa: UP045
-    family: Annotated[str | None, typer.Option(help="pairwise, online, group, diffusion.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False,
-) -> None:
-    """The published methods, what they are made of and where they are in fastpo."""
+def _methods(config: _Methods) -> None:
     from fastpo import methods as catalogue
 
-    if key is not None:
+    if config.key is not None:
         try:
-            row = catalogue.find(key)
+            row = catalogue.find(config.key)
         except ValueError as error:
             raise ConfigError(str(error).partition(": ")[2]) from None
         return print(catalogue.describe(row))
-    found = list(catalogue.select(block, needs, status, family))
+    chosen = config.block, config.needs, config.status, config.family
+    found = list(catalogue.select(*chosen))
     if not found:
         remedy = "`fastpo methods` shows all, `fastpo methods KEY` the words of one."
         raise ConfigError(f"methods: none has all of this. {remedy}")
-    if markdown:
+    if config.markdown:
         return print(catalogue.markdown(found), end="")
     for row in found:
         names = dict.fromkeys(entry.name for entry in row.entry_points)
         print(f"{row.key:24} {row.status:12} {', '.join(names) or row.note}")
 
 
-def main() -> None:
-    """Entry point: an error in options, data or checkpoints is one line, not a traceback."""
+COMMANDS = {
+    "train dpo": Command(
+        DPOConfig, _train("train_dpo"), "Train on pairs: prompt, chosen, rejected (text, messages)."
+    ),
+    "train sft": Command(
+        SFTConfig, _train("train_sft"), "Fit a model to completions: prompt, completion."
+    ),
+    "train grpo": Command(
+        GRPOConfig,
+        _train("train_grpo"),
+        "Train on groups of completions: given ones with rewards, or its own by --reward.",
+    ),
+    "train diffusion-dpo": Command(
+        DiffusionDPOConfig,
+        _train("train_diffusion_dpo", "diffusion_run"),
+        "Train a pipeline of diffusers on pairs of images: chosen, rejected, prompt, class_label.",
+    ),
+    "init-model": Command(
+        InitConfig, _init_model, "Write a small Llama with random weights and a tokenizer."
+    ),
+    "demo": Command(
+        _Demo, _demo, "Fit a small model, train it on pairs, measure: no download, a few minutes."
+    ),
+    "info": Command(_Nothing, _info, "Versions, backends and why one is missing."),
+    "methods": Command(
+        _Methods, _methods, "The published methods, what they are made of and where they are."
+    ),
+}
+
+
+def _overview(words: str) -> str:
+    """Usage of all commands that begin with some words."""
+    lines = [f"  {name:20} {c.text}" for name, c in COMMANDS.items() if name.startswith(words)]
+    return "\n".join(
+        [
+            f"Usage: fastpo {words or 'COMMAND'} ... --option value", "",
+            "The loss end of preference training. Commands:", *lines, "",
+            "`fastpo COMMAND --help` shows the options of one, with their defaults.",
+            "--version prints the version, --traceback shows where an error came from.",
+            "Exit codes: 0 done; 1 failed, the line says why; 2 refused before it began;",
+            "130 and 143 stopped by Ctrl-C and SIGTERM, after a checkpoint was written.",
+        ]
+    )  # fmt: skip
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Raises:
+        ConfigError: there is no such command, or an option does not fit.
+    """
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    name = next((n for n in (" ".join(words), *words[:1]) if n in COMMANDS), "")
+    if name:
+        command, prog = COMMANDS[name], f"fastpo {name}"
+        given = parse_flags(command.options, arguments[len(name.split()) :], prog, command.text)
+        file = given.pop("config", None)
+        return command.action(build(command.options, read_yaml(file) if file else {}, given))
+    if words and words != ["train"]:
+        known = sorted({*COMMANDS, "train"})
+        raise ConfigError(f"{' '.join(words)}: no such command; {near(' '.join(words), known)}")
+    if "--version" in arguments:
+        return print(f"fastpo {fastpo.__version__}")
+    print(_overview(" ".join(words)))
+    if not {"--help", "-h"} & {*arguments}:
+        raise SystemExit(2)
+
+
+def _stop(line: str, code: int) -> SystemExit:
+    """An exit with a line on stderr, which the exception also shows as its text."""
+    print(f"fastpo: {line}", file=sys.stderr)
+    stop = SystemExit(f"fastpo: {line}")
+    stop.code = code
+    return stop
+
+
+def _line(error: Exception) -> str:
+    """The one line on a known error; empty for an unexpected one, whose traceback is wanted."""
+    family = type(error).__module__.partition(".")[0]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'input or output'}: {error.strerror}."
+    if isinstance(error, OSError) or family in ("fastpo", "huggingface_hub", "jinja2"):
+        return " ".join(str(error).split())
+    return ""
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Entry point: a known error is one line on stderr, not a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = [argument for argument in given if argument != "--traceback"]
     try:
-        app()
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith("fastpo"):
+        run(wanted)
+    except Exception as error:
+        line = _line(error)
+        if wanted != given or not line:
             raise
-        sys.exit(f"fastpo: {error}")
+        raise _stop(line, 2 if isinstance(error, ConfigError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -2,75 +2,88 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal
 
-REFERENCE_CHOICES = ("auto", "adapter", "copy", "cached")
+from fastpo.trainers.options import ConfigError, Names, build, check, mapping, option, read_yaml
+
+__all__ = [
+    "ConfigError", "DPOConfig", "GRPOConfig", "InitConfig", "RunConfig", "SFTConfig", "build",
+    "keep_for_resume", "read_yaml",
+]  # fmt: skip
+
 # May differ between a run and its continuation; all else would make it another run.
 FREE_ON_RESUME = (
     "output", "resume", "resume_from", "epochs", "max_steps", "logging_steps", "eval_steps",
     "save_steps", "save_total_limit", "tensorboard", "progress", "reward_seconds",
 )  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """An option is unknown, missing or of the wrong kind; the message names it."""
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+Resume = bool | Literal["auto"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+COUNT, NOT_NEGATIVE, SHARE = "[1, inf)", "[0, inf)", "[0, 1)"
+SEED = "[0, 4294967296)"
+ANY_NUMBER = "(-inf, inf)"
 
 
 @dataclass
 class RunConfig:
     """Options that all training commands share."""
 
-    model: str = _option("", "Folder or hub name of a causal LM.")
-    data: str = _option("", "JSONL(.gz) file, datasets folder or hub name.")
-    output: str = _option("", "Folder of the run: checkpoints, logs, the trained model.")
-    split: str = _option("train", "Split of a datasets folder or hub name.")
-    eval_data: str | None = _option(None, "Held-out rows, in the form of data.")
-    eval_split: str = _option("test", "Split of eval_data.")
-    eval_share: float = _option(0.05, "Share of data held out by prompt, if there is no eval_data.")
-    limit: int | None = _option(None, "Take the first so many rows only.")
-    max_length: int = _option(1024, "Tokens of a sequence; prompts lose their start first.")
-    epochs: float = _option(1.0, "Passes over the data.")
-    max_steps: int = _option(-1, "Optimiser steps; overrides epochs if positive.")
-    learning_rate: float = _option(1e-6, "Peak learning rate.")
-    schedule: str = _option("linear", "Learning rate schedule of transformers.")
-    warmup_steps: float = _option(0.1, "Warm-up in steps, or as a share of all steps below 1.")
-    weight_decay: float = _option(0.0, "AdamW weight decay.")
-    batch_size: int = _option(8, "Rows per device and forward.")
-    accumulation: int = _option(1, "Forwards per optimiser step.")
-    seed: int = _option(42, "Of shuffling, dropout, the held-out rows and new adapters.")
-    dtype: str = _option("auto", "Type of the weights: auto (as stored), float32, bfloat16.")
-    lora_r: int = _option(0, "Rank of a LoRA; 0 trains the whole model.")
-    lora_alpha: float = _option(32.0, "Scale of the LoRA: alpha / r.")
-    lora_dropout: float = _option(0.0, "Dropout of the LoRA.")
-    lora_targets: str = _option(
-        "all-linear", "Module names, comma separated; the lm_head may be one."
+    model: str = option("", "Folder or hub name of a causal LM.")
+    data: str = option("", "JSONL(.gz) file, datasets folder or hub name.")
+    output: str = option("", "Folder of the run: checkpoints, logs, the trained model.")
+    split: str = option("train", "Split of a datasets folder or hub name.")
+    eval_data: str | None = option(None, "Held-out rows, in the form of data.")
+    eval_split: str = option("test", "Split of eval_data.")
+    eval_share: float = option(
+        0.05, "Share of data held out by prompt, if there is no eval_data; 0 for none.", SHARE
     )
-    logging_steps: int = _option(10, "Steps between log lines.")
-    eval_steps: int = _option(0, "Steps between evaluations; 0 for start and end only.")
-    save_steps: int = _option(100, "Steps between checkpoints.")
-    save_total_limit: int = _option(2, "Checkpoints kept.")
-    tensorboard: bool = _option(True, "Write TensorBoard logs into the output folder.")
-    resume: bool = _option(False, "Continue from the last checkpoint of the output folder.")
-    resume_from: str | None = _option(None, "Continue from this checkpoint.")
-    trainer: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Any other transformers.TrainingArguments, as key=value; repeatable."},
+    limit: int | None = option(None, "Take the first so many rows only.", COUNT)
+    max_length: int = option(
+        1024, "Tokens of a sequence; prompts lose their start first.", "[2, inf)"
     )
+    epochs: float = option(1.0, "Passes over the data.", "(0, inf)")
+    max_steps: int = option(
+        -1, "Optimiser steps in place of epochs; -1 and 0 leave it to epochs.", "[-1, inf)"
+    )
+    learning_rate: float = option(1e-6, "Peak learning rate.", NOT_NEGATIVE)
+    schedule: str = option("linear", "Learning rate schedule of transformers.")
+    warmup_steps: float = option(
+        0.1, "Warm-up in steps, or as a share of all steps below 1.", NOT_NEGATIVE
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay.", NOT_NEGATIVE)
+    batch_size: int = option(8, "Rows per device and forward.", COUNT)
+    accumulation: int = option(1, "Forwards per optimiser step.", COUNT)
+    seed: int = option(42, "Of shuffling, dropout, the held-out rows and new adapters.", SEED)
+    dtype: str = option(
+        "auto", "Type of the weights: auto (as stored) or one of torch.", choices=DTYPES
+    )
+    lora_r: int = option(0, "Rank of a LoRA; 0 trains the whole model.", NOT_NEGATIVE)
+    lora_alpha: float = option(32.0, "Scale of the LoRA: alpha / r.", "(0, inf)")
+    lora_dropout: float = option(0.0, "Dropout of the LoRA.", SHARE)
+    lora_targets: Names = option(
+        "all-linear", "Module names, comma separated, or a regex; the lm_head may be one."
+    )
+    logging_steps: int = option(10, "Steps between log lines.", COUNT)
+    eval_steps: int = option(
+        0, "Steps between evaluations; 0 for start and end only.", NOT_NEGATIVE
+    )
+    save_steps: int = option(100, "Steps between checkpoints.", COUNT)
+    save_total_limit: int = option(2, "Checkpoints kept.", COUNT)
+    tensorboard: bool = option(True, "Write TensorBoard logs into the output folder.")
+    resume: Resume = option(
+        False,
+        "Continue from the last checkpoint of the output folder; auto: from the last whole one, "
+        "or anew where there is none.",
+    )
+    resume_from: str | None = option(None, "Continue from this checkpoint.")
+    trainer: dict[str, Any] = mapping("Any other transformers.TrainingArguments")
 
     def __post_init__(self):
+        check(self)
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: missing; give --{name} or the key in the YAML file.")
-        if not 0 <= self.eval_share < 1:
-            raise ConfigError(f"eval_share: expected a share in [0, 1), got {self.eval_share}.")
         if self.resume and self.resume_from:
             raise ConfigError("resume, resume_from: give one of them.")
 
@@ -79,166 +92,111 @@ class RunConfig:
 class DPOConfig(RunConfig):
     """Options of ``fastpo train dpo``."""
 
-    loss: str = _option("dpo", "A loss over pairs of fastpo.losses, such as dpo, ipo, simpo.")
-    beta: float | None = _option(None, "Of the loss; its own default if not given.")
-    gamma: float | None = _option(None, "Target margin of simpo.")
-    label_smoothing: float | None = _option(None, "Assumed share of flipped pairs (dpo, simpo).")
-    loss_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Any other option of the loss, as key=value; repeatable."},
+    loss: str = option("dpo", "A loss over pairs of fastpo.losses, such as dpo, ipo, simpo.")
+    beta: float | None = option(None, "Of the loss; its own default if not given.", NOT_NEGATIVE)
+    gamma: float | None = option(None, "Target margin of simpo.", ANY_NUMBER)
+    label_smoothing: float | None = option(
+        None, "Assumed share of flipped pairs (dpo, simpo).", SHARE
     )
-    reference: str = _option(
-        "auto", "adapter (disabled LoRA), copy (frozen), cached (computed once), or auto."
+    loss_options: dict[str, Any] = mapping("Any other option of the loss")
+    reference: str = option(
+        "auto",
+        "adapter (disabled LoRA), copy (frozen), cached (computed once), or auto.",
+        choices=("auto", "adapter", "copy", "cached"),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.reference not in REFERENCE_CHOICES:
-            expected = ", ".join(REFERENCE_CHOICES)
-            raise ConfigError(f"reference: expected one of {expected}, got {self.reference!r}.")
 
 
 @dataclass
 class SFTConfig(RunConfig):
     """Options of ``fastpo train sft``."""
 
-    learning_rate: float = _option(2e-5, "Peak learning rate.")
+    learning_rate: float = option(2e-5, "Peak learning rate.", NOT_NEGATIVE)
 
 
 @dataclass
 class GRPOConfig(RunConfig):
     """Options of ``fastpo train grpo``."""
 
-    data: str = _option("", "JSONL(.gz) file of prompts, or of groups: completions and rewards.")
-    eval_share: float = _option(0.0, "Share of the prompts held out; only with --reward.")
-    batch_size: int = _option(4, "Prompts per device and batch, each with all its completions.")
-    forward_rows: int = _option(0, "Completions per forward at most; 0 for a batch at once.")
-    accumulation: int = _option(1, "Batches per optimiser step.")
-    loss: str = _option("dapo", "A method of fastpo.surrogates.policy_loss: dapo, grpo, gspo, ...")
-    advantage: str = _option("grpo", "A method of fastpo.group_advantages: grpo, rloo, ...")
-    beta: float | None = _option(None, "Weight of the KL to the reference; none if not given.")
-    entropy_coef: float | None = _option(None, "Weight of the entropy bonus; none if not given.")
-    loss_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Any other option of the loss, as key=value; repeatable."},
+    data: str = option("", "JSONL(.gz) file of prompts, or of groups: completions and rewards.")
+    eval_share: float = option(0.0, "Share of the prompts held out; only with --reward.", SHARE)
+    batch_size: int = option(
+        4, "Prompts per device and batch, each with all its completions.", COUNT
     )
-    advantage_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Any option of the advantage, as key=value; repeatable."},
+    forward_rows: int = option(
+        0, "Completions per forward at most; 0 for a batch at once.", NOT_NEGATIVE
     )
-    reference: str = _option("auto", "adapter (disabled LoRA), copy (frozen), or auto.")
-    reward: str = _option(
+    accumulation: int = option(1, "Batches per optimiser step.", COUNT)
+    loss: str = option("dapo", "A method of fastpo.surrogates.policy_loss: dapo, grpo, gspo, ...")
+    advantage: str = option("grpo", "A method of fastpo.group_advantages: grpo, rloo, ...")
+    beta: float | None = option(
+        None, "Weight of the KL to the reference; none if not given.", NOT_NEGATIVE
+    )
+    entropy_coef: float | None = option(
+        None, "Weight of the entropy bonus; none if not given, negative against it.", ANY_NUMBER
+    )
+    loss_options: dict[str, Any] = mapping("Any other option of the loss")
+    advantage_options: dict[str, Any] = mapping("Any option of the advantage")
+    reference: str = option(
+        "auto", "adapter (disabled LoRA), copy (frozen), or auto.",
+        choices=("auto", "adapter", "copy"),
+    )  # fmt: skip
+    reward: Names = option(
         "", "package.module:function(prompts, completions, **columns), comma separated."
     )
-    reward_weights: str = _option("", "A weight per reward function, comma separated; 1 each.")
-    reward_seconds: float = _option(600.0, "Time limit of a call of a reward; 0 for none.")
-    samples: int = _option(8, "Completions per prompt.")
-    max_new_tokens: int = _option(256, "Tokens of a completion.")
-    temperature: float = _option(1.0, "Of sampling; the log-probs are those at this temperature.")
-    top_p: float = _option(1.0, "Of sampling.")
-    sampler: str = _option("transformers", "transformers, or vllm if it is installed.")
-    sample_batch_size: int = _option(16, "Prompts per call of the sampler.")
-    steps_per_generation: int = _option(1, "Optimiser steps that share a generation out.")
-    num_iterations: int = _option(1, "Times that each generation is trained on.")
-    mask_truncated: bool = _option(False, "Leave truncated completions out of the loss.")
-    filter_groups: bool = _option(False, "Leave out groups of equal rewards.")
+    reward_weights: str | float | list[float] = option(
+        "", "A weight per reward function, comma separated; 1 each."
+    )
+    reward_seconds: float = option(
+        600.0, "Time limit of a call of a reward; 0 for none.", NOT_NEGATIVE
+    )
+    samples: int = option(8, "Completions per prompt.", COUNT)
+    max_new_tokens: int = option(256, "Tokens of a completion.", COUNT)
+    temperature: float = option(
+        1.0, "Of sampling; the log-probs are those at this temperature.", "(0, inf)"
+    )
+    top_p: float = option(1.0, "Of sampling; 1 for the whole distribution.", "(0, 1]")
+    sampler: str = option(
+        "transformers", "transformers, or vllm if it is installed.",
+        choices=("transformers", "vllm"),
+    )  # fmt: skip
+    sample_batch_size: int = option(16, "Prompts per call of the sampler.", COUNT)
+    steps_per_generation: int = option(1, "Optimiser steps that share a generation out.", COUNT)
+    num_iterations: int = option(1, "Times that each generation is trained on.", COUNT)
+    mask_truncated: bool = option(False, "Leave truncated completions out of the loss.")
+    filter_groups: bool = option(False, "Leave out groups of equal rewards.")
 
     def __post_init__(self):
         super().__post_init__()
-        choices = {"reference": ("auto", "adapter", "copy"), "sampler": ("transformers", "vllm")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                expected = ", ".join(known)
-                got = repr(getattr(self, name))
-                raise ConfigError(f"{name}: expected one of {expected}, got {got}.")
         for name in ("split", "eval_split"):
-            if getattr(self, name) != default_of(type(self).__dataclass_fields__[name]):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 remedy = "train grpo reads JSONL files, which have no splits."
                 raise ConfigError(
                     f"{name}: expected the default, got {getattr(self, name)!r}. {remedy}"
                 )
-        for name in (
-            "batch_size",
-            "accumulation",
-            "samples",
-            "max_new_tokens",
-            "sample_batch_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected 1 or more, got {getattr(self, name)}.")
-        if not 0 < self.top_p <= 1:
-            remedy = "1 samples from the whole distribution."
-            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p}. {remedy}")
 
 
-Config = TypeVar("Config", bound=RunConfig)
+@dataclass
+class InitConfig:
+    """Options of ``fastpo init-model``."""
 
+    output: str = option("", "Folder to write.", positional=True)
+    data: str = option("", "JSONL(.gz) file whose texts train the tokenizer.")
+    vocab_size: int = option(4096, "Entries of the tokenizer, at most.", "[259, inf)")
+    hidden_size: int = option(256, "Width of the model.", COUNT)
+    layers: int = option(4, "Decoder layers.", COUNT)
+    heads: int = option(4, "Attention heads.", COUNT)
+    max_length: int = option(1024, "Positions.", "[2, inf)")
+    seed: int = option(0, "Of the random weights.", SEED)
 
-def field_types(cls: type) -> dict[str, tuple[Field, type, bool]]:
-    """Per option: its field, its plain type, and whether it may be None."""
-    hints = get_type_hints(cls)
-    found = {}
-    for option in fields(cls):
-        hint, optional = hints[option.name], False
-        if isinstance(hint, types.UnionType):
-            hint, optional = get_args(hint)[0], True
-        found[option.name] = option, hint, optional
-    return found
-
-
-def _convert(name: str, value: Any, kind: type, optional: bool) -> Any:
-    if value is None and optional:
-        return None
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5 as text.
-        except ValueError:
-            pass
-    elif isinstance(value, kind if kind in (str, bool, int, float) else Mapping):
-        if kind is not int or not isinstance(value, bool):
-            return value
-    wanted = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{name}: expected {wanted}, got {value!r}.")
-
-
-def build(cls: type[Config], *sources: Mapping[str, Any]) -> Config:
-    """A config from mappings, later ones over earlier ones; mappings are merged key by key.
-
-    Raises:
-        ConfigError: a key is unknown, required and missing, or its value of the wrong kind.
-
-    Example:
-        >>> paths = {"model": "m", "data": "d.jsonl", "output": "out"}
-        >>> build(SFTConfig, paths | {"learning_rate": "1e-4"}, {"batch_size": 2}).learning_rate
-        0.0001
-    """
-    known, values = field_types(cls), {}
-    for source in sources:
-        for name, value in source.items():
-            if name not in known:
-                raise ConfigError(f"{name}: no such option; there are {', '.join(known)}.")
-            _, kind, optional = known[name]
-            value = _convert(name, value, kind, optional)
-            is_mapping = isinstance(value, Mapping)
-            values[name] = {**values.get(name, {}), **value} if is_mapping else value
-    return cls(**values)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, or holds no mapping.
-    """
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(found or {}, dict):
-        raise ConfigError(f"{path}: expected key: value lines, got {type(found).__name__}.")
-    return found or {}
+    def __post_init__(self):
+        check(self)
+        for name in ("output", "data"):
+            if not getattr(self, name):
+                example = "fastpo init-model FOLDER --data FILE.jsonl"
+                raise ConfigError(f"{name}: missing. Expected `{example}`.")
+        if self.hidden_size % (2 * self.heads):
+            got = f"{self.hidden_size} for {self.heads} heads"
+            raise ConfigError(f"heads: each takes an even share of hidden_size, got {got}.")
 
 
 def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
@@ -263,8 +221,3 @@ def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
                 f"{path}: the run to resume had other options ({listed}). Restore them."
             )
     path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-
-
-def default_of(option: Field) -> Any:
-    """The default of an option; None stands for an empty mapping."""
-    return None if option.default is MISSING else option.default

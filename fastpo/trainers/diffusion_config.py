@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpo.trainers.config import ConfigError, RunConfig, _option
+from fastpo.trainers.config import ANY_NUMBER, COUNT, NOT_NEGATIVE, SEED, SHARE, Resume, RunConfig
+from fastpo.trainers.options import ConfigError, Names, check, mapping, option
 
 REFERENCES = ("auto", "adapter", "copy", "second_adapter", "ema", "cached", "none")
 DENSITIES = ("uniform", "logit_normal")
@@ -25,81 +26,85 @@ class DiffusionDPOConfig:
     Only the command line needs ``model`` and ``data``, and uses the options after ``output``.
     """
 
-    model: str = _option("", "Folder or hub name of a diffusers pipeline.")
-    data: str = _option("", "JSONL(.gz) file: chosen, rejected (image files), prompt, class_label.")
+    model: str = option("", "Folder or hub name of a diffusers pipeline.")
+    data: str = option("", "JSONL(.gz) file: chosen, rejected (image files), prompt, class_label.")
     output: str = _shared("output")
     eval_data: str | None = _shared("eval_data")
-    eval_share: float = _option(0.05, "Share of data held out, if there is no eval_data.")
+    eval_share: float = option(0.05, "Share of data held out, if there is no eval_data.", SHARE)
     limit: int | None = _shared("limit")
-    resolution: int | None = _option(None, "Pixels of a side; that of the pipeline if not given.")
-    guidance: float | None = _option(None, "Told to models distilled for guidance (Flux dev).")
-    sample_count: int = _option(16, "Images of the grids before and after; 0 for none.")
-    sample_steps: int = _option(50, "Denoising steps of these images.")
-    loss: str = _option("dpo", "A loss over pairs of fastpo.diffusion.losses, such as dpo, mapo.")
-    beta: float | None = _option(None, "Of the loss; its own default if not given.")
-    loss_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Any other option of the loss, as key=value; repeatable."},
+    resolution: int | None = option(
+        None, "Pixels of a side; that of the pipeline if not given.", COUNT
     )
-    reference: str = _option(
+    guidance: float | None = option(
+        None, "Told to models distilled for guidance (Flux dev).", NOT_NEGATIVE
+    )
+    sample_count: int = option(
+        16, "Images of the grids before and after; 0 for none.", NOT_NEGATIVE
+    )
+    sample_steps: int = option(50, "Denoising steps of these images.", COUNT)
+    loss: str = option("dpo", "A loss over pairs of fastpo.diffusion.losses, such as dpo, mapo.")
+    beta: float | None = option(None, "Of the loss; its own default if not given.", NOT_NEGATIVE)
+    loss_options: dict[str, Any] = mapping("Any other option of the loss")
+    reference: str = option(
         "auto",
         "adapter (disabled LoRA), copy (frozen), second_adapter (a frozen LoRA), ema (the average "
         "of ema_decay), cached (computed once), none, or auto: adapter with a LoRA, else copy.",
+        choices=REFERENCES,
     )
-    reference_steps: int = _option(
-        0, "Steps between updates of a copy or second adapter to the model; 0 for none."
+    reference_steps: int = option(
+        0,
+        "Steps between updates of a copy or second adapter to the model; 0 for none.",
+        NOT_NEGATIVE,
     )
-    reference_draws: int = _option(1, "Draws of noise per pair that a cached reference knows.")
-    timestep_density: str = _option("uniform", "Of the timesteps: uniform, or logit_normal.")
-    logit_mean: float = _option(0.0, "Of logit_normal; positive for more noise.")
-    logit_std: float = _option(1.0, "Of logit_normal.")
-    independent_noise: bool = _option(False, "Draw the noise of the rejected sample anew.")
-    one_at_a_time: bool = _option(False, "Differentiate chosen and rejected in turn: less memory.")
+    reference_draws: int = option(
+        1, "Draws of noise per pair that a cached reference knows.", COUNT
+    )
+    timestep_density: str = option(
+        "uniform", "Of the timesteps: uniform, or logit_normal.", choices=DENSITIES
+    )
+    logit_mean: float = option(0.0, "Of logit_normal; positive for more noise.", ANY_NUMBER)
+    logit_std: float = option(1.0, "Of logit_normal.", "(0, inf)")
+    independent_noise: bool = option(False, "Draw the noise of the rejected sample anew.")
+    one_at_a_time: bool = option(False, "Differentiate chosen and rejected in turn: less memory.")
     epochs: float = _shared("epochs")
     max_steps: int = _shared("max_steps")
     learning_rate: float = _shared("learning_rate")
-    schedule: str = _option("constant_with_warmup", "Learning rate schedule of diffusers.")
+    schedule: str = option("constant_with_warmup", "Learning rate schedule of diffusers.")
     warmup_steps: float = _shared("warmup_steps")
     weight_decay: float = _shared("weight_decay")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 for not at all.")
-    batch_size: int = _option(4, "Pairs per device and forward.")
+    max_grad_norm: float = option(
+        1.0, "Gradients are clipped to this norm; 0 for not at all.", NOT_NEGATIVE
+    )
+    batch_size: int = option(4, "Pairs per device and forward.", COUNT)
     accumulation: int = _shared("accumulation")
-    seed: int = _option(42, "Of the order, noise, timesteps, dropout, samples and new adapters.")
-    mixed_precision: str = _option("no", "no, bf16 or fp16.")
-    gradient_checkpointing: bool = _option(False, "Compute activations again in backward.")
-    cpu: bool = _option(False, "Stay on the CPU.")
-    ema_decay: float = _option(0.0, "Decay of an average of the weights, which is saved; 0: none.")
+    seed: int = option(
+        42, "Of the order, noise, timesteps, dropout, samples and new adapters.", SEED
+    )
+    mixed_precision: str = option("no", "no, bf16 or fp16.", choices=PRECISIONS)
+    gradient_checkpointing: bool = option(False, "Compute activations again in backward.")
+    cpu: bool = option(False, "Stay on the CPU.")
+    ema_decay: float = option(
+        0.0, "Decay of an average of the weights, which is saved; 0: none.", SHARE
+    )
     lora_r: int = _shared("lora_r")
     lora_alpha: float = _shared("lora_alpha")
     lora_dropout: float = _shared("lora_dropout")
-    lora_targets: str = _option("to_q,to_k,to_v,to_out.0", "Module names, comma separated.")
+    lora_targets: Names = option(
+        "to_q,to_k,to_v,to_out.0", "Module names, comma separated, or a regex."
+    )
     logging_steps: int = _shared("logging_steps")
     eval_steps: int = _shared("eval_steps")
     save_steps: int = _shared("save_steps")
     save_total_limit: int = _shared("save_total_limit")
     tensorboard: bool = _shared("tensorboard")
-    progress: bool = _option(True, "Show a progress bar.")
-    resume: bool = _shared("resume")
+    progress: bool = option(True, "Show a progress bar.")
+    resume: Resume = _shared("resume")
     resume_from: str | None = _shared("resume_from")
 
     def __post_init__(self):
+        check(self)
         if not self.output:
             raise ConfigError("output: missing; give --output or the key in the YAML file.")
-        choices = {
-            "reference": REFERENCES, "timestep_density": DENSITIES, "mixed_precision": PRECISIONS,
-        }  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                expected, got = ", ".join(known), repr(getattr(self, name))
-                raise ConfigError(f"{name}: expected one of {expected}, got {got}.")
-        for name in ("batch_size", "accumulation", "reference_draws", "logging_steps",
-                     "save_steps", "save_total_limit", "sample_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected 1 or more, got {getattr(self, name)}.")
-        for name in ("eval_share", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                got = getattr(self, name)
-                raise ConfigError(f"{name}: expected a number in [0, 1), got {got}.")
         if self.resume and self.resume_from:
             raise ConfigError("resume, resume_from: give one of them.")
         if self.schedule == "constant" and self.warmup_steps:

@@ -21,6 +21,8 @@ from fastpo.losses import LossOutput
 from fastpo.trainers.checkpoints import damage
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
+from fastpo.trainers.lora import lora_config
+from fastpo.trainers.options import typed, value_hints
 
 POLICY = ("chosen_errors", "rejected_errors")
 REFERENCE = ("ref_chosen_errors", "ref_rejected_errors")
@@ -64,10 +66,9 @@ class PairLoss:
         empty = inspect.Parameter.empty
         self.required = {n for n, p in parameters.items() if p.default is empty}
         self.options = {n: value for n, value in options.items() if value is not None}
-        own = parameters.keys() - self.inputs - {"reduction"}
-        for option in self.options.keys() - own:
-            there = ", ".join(sorted(own)) or "none"
-            raise ConfigError(f"{option}: the loss {name} has no such option, but {there}.")
+        hints = value_hints(self.function)
+        own = {n: hints[n] for n in parameters.keys() - self.inputs - {"reduction"}}
+        self.options = typed(self.options, own, of=f"the loss {name}")
         for option in self.required - self.inputs - self.options.keys():
             remedy = f"Set it: loss_options {option}=..."
             raise ConfigError(f"{option}: the loss {name} needs it and has no default. {remedy}")
@@ -108,15 +109,9 @@ def add_lora(denoiser: torch.nn.Module, config: DiffusionDPOConfig) -> torch.nn.
         raise ConfigError(f"denoiser: it has a LoRA already. {remedy}")
     if not config.lora_r:
         return denoiser.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    names = config.lora_targets
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=names if names == "all-linear" else names.split(","),
-    )
+    lora = lora_config(denoiser, config)
     model = get_peft_model(denoiser, lora)
     if config.reference == "second_adapter":
         model.add_adapter("ref", lora)

@@ -17,8 +17,8 @@ from fastpo.inputs import Input, inputs_of
 from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
 from fastpo.trainers.base import StatisticTrainer
-from fastpo.trainers.config import ConfigError
 from fastpo.trainers.head import Reference, shift_labels
+from fastpo.trainers.options import ConfigError, typed, value_hints
 
 Loss = str | Callable[..., LossOutput]
 
@@ -165,12 +165,8 @@ def loss_arguments(loss: Loss, /, **options: Any) -> dict[str, Any]:
     known = inspect.signature(function).parameters
     given = {name: value for name, value in options.items() if value is not None}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for name, value in given.items():
-        if name not in known and not takes_any:
-            raise ConfigError(f"{name}: the loss {loss} has no such option; leave it out.")
-        with contextlib.suppress(TypeError, ValueError):
-            if isinstance(value, str):
-                given[name] = float(value)  # YAML reads 1e-5 as text.
+    hints = (dict.fromkeys(given, Any) if takes_any else {}) | value_hints(function)
+    given = typed(given, hints, of=f"the loss {loss}")
     for name in known.keys() - inputs_of(function).keys() - given.keys():
         parameter = known[name]
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastpo.trainers.config import ConfigError
+from fastpo.trainers.options import ConfigError, items
 from fastpo.trainers.sampling import Prompt
 
 # Called by keywords; a number per completion, None or NaN for no score.
@@ -233,8 +233,8 @@ def _scores(function: Reward, given: dict[str, Any], seconds: float) -> list[flo
     return [number(value, f"reward {name}, completion {i}") for i, value in enumerate(found)]
 
 
-def load_rewards(names: str) -> list[Reward]:
-    """Functions by their names, ``package.module:function``, comma separated.
+def load_rewards(names: str | list[str]) -> list[Reward]:
+    """Functions by their names, ``package.module:function``, with commas or in a list.
 
     Modules are looked for in the working directory as well.
 
@@ -244,7 +244,7 @@ def load_rewards(names: str) -> list[Reward]:
     functions = []
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    for name in filter(None, map(str.strip, names.split(","))):
+    for name in items(names):
         expected = f"reward: expected package.module:function, got {name!r}"
         try:
             function = pkgutil.resolve_name(name)

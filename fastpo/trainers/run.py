@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    SchedulerType,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -45,6 +46,8 @@ from fastpo.trainers.grpo_rollouts import (
     read_rows,
 )
 from fastpo.trainers.head import add_logprob_head
+from fastpo.trainers.lora import lora_config
+from fastpo.trainers.options import items, near, typed, value_hints
 from fastpo.trainers.sft import SFTTrainer
 
 # Set by this module from options of its own.
@@ -70,17 +73,9 @@ def load_model(config: RunConfig) -> torch.nn.Module:
     add_logprob_head(model)
     if not config.lora_r:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    names = config.lora_targets
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=names if names == "all-linear" else names.split(","),
-    )
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora_config(model, config, task_type="CAUSAL_LM"))
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -112,9 +107,14 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     clash = [name for name in config.trainer if name in _OWN]
     if clash:
         raise ConfigError(f"trainer: {clash[0]} is set by an option of its own or fixed.")
+    schedules = [schedule.value for schedule in SchedulerType]
+    if config.schedule not in schedules:
+        hint = near(config.schedule, schedules)
+        raise ConfigError(f"schedule: no such schedule as {config.schedule!r}; {hint}")
+    more = typed(config.trainer, value_hints(TrainingArguments), of="trainer")
     try:
-        return TrainingArguments(**(options | config.trainer))
-    except TypeError as error:
+        return TrainingArguments(**(options | more))
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
 
 
@@ -227,11 +227,10 @@ def load_rollouts(
         places = Dataset.from_list([{"prompt": r["prompt"], "i": i} for i, r in enumerate(rows)])
         parts = split_by_prompt(places, config.eval_share, config.seed)
         rows, held = ([rows[i] for i in part["i"]] for part in parts)
-    try:
-        weights = [float(w) for w in config.reward_weights.split(",") if w] or None
-    except ValueError as error:
-        raise ConfigError(f"reward_weights: expected numbers, got {error}.") from error
-    rewards = Rewards(functions, weights, config.reward_seconds)
+    weights = typed(
+        {"reward_weights": items(config.reward_weights)}, {"reward_weights": list[float]}
+    )
+    rewards = Rewards(functions, weights["reward_weights"] or None, config.reward_seconds)
     options = {
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,

@@ -246,7 +246,7 @@ def test_second_adapter_follows(start):
     ("options", "message"),
     [
         ({"loss": "dppo"}, "loss: expected one of .*dpo.*got 'dppo'"),
-        ({"loss_options": {"bet": 1}}, "bet: the loss dpo has no such option, but beta"),
+        ({"loss_options": {"bet": 1}}, "bet: the loss dpo has no such option; did you mean beta"),
         ({"loss": "dense_dpo"}, "loss: expected one of .*smpo, got 'dense_dpo'"),
         ({"reference": "none"}, "dpo needs ref_chosen_errors. Set reference"),
         ({"reference": "copy", "loss": "mapo"}, "the loss mapo has none"),
