@@ -102,11 +102,3 @@ def check_transform(
     if softcap is not None:
         check_positive(op, "softcap", softcap)
     return float(logit_scale), 0.0 if softcap is None else float(softcap), float(temperature)
-
-
-def check_first_derivative(op: str) -> None:
-    """Not under ``create_graph=True``, where autograd would take the gradient for a constant."""
-    if torch.is_grad_enabled():
-        remedy = "Second derivatives are not implemented."
-        message = f"fastpo.{op}: backward: expected create_graph=False, got True. {remedy}"
-        raise RuntimeError(message)

@@ -6,11 +6,8 @@ node in a graph. Their bodies are the loops of :mod:`fastpo.divergence_plans`.
 
 from __future__ import annotations
 
-import torch
-
 from fastpo import divergence_plans
-from fastpo.ops._check import check_first_derivative
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.ops.scale_rows import scale_rows
 from fastpo.tiles import accumulation_dtype
 
@@ -39,14 +36,6 @@ def _fake(*arguments):
         ),
         hidden.new_empty((rows_to_save, 2, divergence_plans.padded(weight.shape[0])), dtype=acc),
     )
-
-
-linear_divergence = register(
-    f"linear_divergence({_INPUTS}, bool[] unit_grads, SymInt rows_to_save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    divergence_plans.forward,
-    _fake,
-)
 
 
 def _fake_backward(*arguments):
@@ -80,7 +69,6 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_divergences, *_):
-    check_first_derivative("linear_divergence")
     grads = [None] * (_TENSORS + 1 + len(ctx.scalars) + 2)
     if grad_divergences is None:
         return tuple(grads)
@@ -102,6 +90,10 @@ def _backward(ctx, grad_divergences, *_):
     return tuple(grads)
 
 
-torch.library.register_autograd(
-    "fastpo::linear_divergence", _backward, setup_context=_setup_context
+linear_divergence = register(
+    f"linear_divergence({_INPUTS}, bool[] unit_grads, SymInt rows_to_save) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    divergence_plans.forward,
+    _fake,
+    Gradient(_setup_context, _backward),
 )

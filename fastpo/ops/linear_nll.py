@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastpo import backends, plans
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register, transformed
 from fastpo.tiles import RowState, accumulation_dtype
 
 
@@ -84,15 +84,6 @@ def _fake(
     )
 
 
-linear_nll = register(
-    "linear_nll(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor factors, "
-    "float scale, float softcap, float temperature, int ignore_index, int rows_per_tile, "
-    "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_nll,
-    _fake,
-)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -102,7 +93,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss, *_):
     gradients = ctx.saved_tensors
-    if torch.compiler.is_compiling() or type(grad_loss) is not torch.Tensor:  # traced
+    traced = torch.compiler.is_compiling() or type(grad_loss) is not torch.Tensor
+    if traced or transformed():
         scaled = [g * grad_loss for g in gradients]
     else:
         # In place: a second [V, H] would be the largest tensor of the step. torch's version counter
@@ -113,4 +105,11 @@ def _backward(ctx, grad_loss, *_):
     return dX, dW, None, db, *(None,) * 9
 
 
-torch.library.register_autograd("fastpo::linear_nll", _backward, setup_context=_setup_context)
+linear_nll = register(
+    "linear_nll(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor factors, "
+    "float scale, float softcap, float temperature, int ignore_index, int rows_per_tile, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_nll,
+    _fake,
+    Gradient(_setup_context, _backward),
+)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fastpo import plans
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.ops.scale_rows import scale_rows
 from fastpo.tiles import MOMENTS, accumulation_dtype
 
@@ -57,14 +57,6 @@ def _fake(hidden, weight, targets, *rest):
     )
 
 
-linear_stats = register(
-    f"linear_stats({_HEAD}, int moments, bool keep_unit_grad, SymInt saved_columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    plans.forward,
-    _fake,
-)
-
-
 def _fake_backward(hidden, weight, targets, bias, lora_a, lora_b, *rest):
     needs = rest[-1]
     inputs = (hidden, weight, bias, lora_a, lora_b)
@@ -89,7 +81,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.scalars = scalars[:-3]
     ctx.keep_unit_grad = scalars[-2]
-    ctx.save_for_backward(hidden, weight, targets, bias, lora_a, lora_b, *stats[:4], *stats[7:])
+    # Clones of what users see, who may write into it.
+    logprobs, lse, entropy = (x.clone() for x in (stats.logprobs, stats.lse, stats.entropy))
+    kept = (logprobs, lse, stats.lse_low, entropy, stats.unit_grad, stats.saved_logits)
+    ctx.save_for_backward(hidden, weight, targets, bias, lora_a, lora_b, *kept)
     ctx.mark_non_differentiable(stats.lse_low, *stats[4:])
 
 
@@ -112,4 +107,10 @@ def _backward(ctx, grad_logprobs, grad_lse, _, grad_entropy, *__):
     return found[0], found[1], None, *found[2:], *nothing, *(None,) * 3
 
 
-torch.library.register_autograd("fastpo::linear_stats", _backward, setup_context=_setup_context)
+linear_stats = register(
+    f"linear_stats({_HEAD}, int moments, bool keep_unit_grad, SymInt saved_columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    plans.forward,
+    _fake,
+    Gradient(_setup_context, _backward, public="linear_token_stats"),
+)

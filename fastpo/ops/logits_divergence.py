@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from fastpo import backends
-from fastpo.ops._check import check_first_derivative
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.tiles import Tile, accumulation_dtype
 
 
@@ -77,17 +76,6 @@ _INPUTS = (
     "float temperature, str kind, float alpha"
 )
 
-logits_divergence = register(
-    f"logits_divergence({_INPUTS}) -> (Tensor, Tensor)",
-    _forward,
-    lambda logits, *_: (
-        logits.new_empty(logits.shape[:2], dtype=accumulation_dtype(logits.dtype)),
-        logits.new_empty(
-            (6, logits.shape[0] * logits.shape[1]), dtype=accumulation_dtype(logits.dtype)
-        ),
-    ),
-)
-
 logits_divergence_backward = register(
     f"logits_divergence_backward({_INPUTS}, Tensor rows, Tensor grad_divergences, bool[] needs) "
     "-> (Tensor, Tensor)",
@@ -107,7 +95,6 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_divergences, _):
-    check_first_derivative("divergence")
     *inputs, rows = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     grads = logits_divergence_backward(*inputs, *ctx.scalars, rows, grad_divergences, needs)
@@ -115,6 +102,14 @@ def _backward(ctx, grad_divergences, _):
     return *found, *(None,) * 6
 
 
-torch.library.register_autograd(
-    "fastpo::logits_divergence", _backward, setup_context=_setup_context
+logits_divergence = register(
+    f"logits_divergence({_INPUTS}) -> (Tensor, Tensor)",
+    _forward,
+    lambda logits, *_: (
+        logits.new_empty(logits.shape[:2], dtype=accumulation_dtype(logits.dtype)),
+        logits.new_empty(
+            (6, logits.shape[0] * logits.shape[1]), dtype=accumulation_dtype(logits.dtype)
+        ),
+    ),
+    Gradient(_setup_context, _backward, public="divergence"),
 )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from fastpo import backends
-from fastpo.ops._library import register
+from fastpo.ops._check import fail
+from fastpo.ops._library import Gradient, register, transformed
 from fastpo.tiles import RowState, Tile, accumulation_dtype
 
 
@@ -69,15 +70,6 @@ def _grad_in_place(logits, *rest) -> None:
 
 _TRANSFORM = "float scale, float softcap, float temperature, int ignore_index"
 
-logits_logprobs = register(
-    f"logits_logprobs(Tensor logits, Tensor targets, {_TRANSFORM}, bool inplace_backward) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda *arguments: _forward(*arguments[:-1]),
-    lambda logits, targets, *_: tuple(
-        targets.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)
-    ),
-)
-
 _ROWS = "Tensor targets, Tensor logprobs, Tensor lse, Tensor lse_low, Tensor grad_logprobs"
 logits_grad = register(
     f"logits_grad(Tensor logits, {_ROWS}, {_TRANSFORM}) -> Tensor",
@@ -94,7 +86,12 @@ logits_grad_ = register(
 def _setup_context(ctx, inputs, output) -> None:
     logits, targets, *transform, ctx.inplace = inputs
     ctx.transform = transform
-    ctx.save_for_backward(logits, targets, *output)
+    if ctx.inplace and transformed():
+        expected, got = "False under torch.func", "True"
+        remedy = "What a transform captures must not be written into."
+        raise fail("logprobs", "inplace_backward", expected, got, remedy)
+    # A clone of what users see, who may write into it.
+    ctx.save_for_backward(logits, targets, output[0].clone(), *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -111,4 +108,12 @@ def _backward(ctx, grad_logprobs, *_):
     return grad, *(None,) * 6
 
 
-torch.library.register_autograd("fastpo::logits_logprobs", _backward, setup_context=_setup_context)
+logits_logprobs = register(
+    f"logits_logprobs(Tensor logits, Tensor targets, {_TRANSFORM}, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda *arguments: _forward(*arguments[:-1]),
+    lambda logits, targets, *_: tuple(
+        targets.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype)) for _ in range(3)
+    ),
+    Gradient(_setup_context, _backward, public="logprobs"),
+)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastpo import backends
 from fastpo.operands import PART_ELEMENTS, SCALED_FIELDS, SCALES, Residuals
-from fastpo.ops._check import check_first_derivative
 from fastpo.ops._layout import rows_segments_columns
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.tiles import accumulation_dtype
 
 _FIELDS = (*SCALED_FIELDS, "reference")
@@ -96,15 +95,6 @@ def _fake(*arguments):
     return _empty(Residuals(*tensors, huber), segment_dim)
 
 
-# The one that torch.compile sees, with its backward, and one without that is for `_Errors`.
-_op, _forward_op = (
-    register(
-        f"{name}({_SCHEMA}, int segment_dim, float huber) -> (Tensor, Tensor)", _noise_errors, _fake
-    )
-    for name in ("noise_errors", "noise_errors_forward")
-)
-
-
 def _empty_grads(inputs: Residuals, needs: list[bool]) -> list[Tensor]:
     """Laid out as the predictions where those are dense; without elements where not needed."""
     return [
@@ -159,7 +149,6 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_errors, _):
-    check_first_derivative("diffusion.noise_errors")
     nothing = (None,) * len(_INPUTS)
     needs = list(ctx.needs_input_grad[:2])
     if grad_errors is None or not any(needs):
@@ -169,19 +158,12 @@ def _backward(ctx, grad_errors, _):
     return *found, *nothing[2:], None, None
 
 
-torch.library.register_autograd("fastpo::noise_errors", _backward, setup_context=_setup_context)
-
-
-class _Errors(torch.autograd.Function):
-    """The same node without the detours of torch.library, a third of the time of small calls."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        output = _forward_op(*arguments)
-        _setup_context(ctx, arguments, output)
-        return output
-
-    backward = staticmethod(_backward)
+_op = register(
+    f"noise_errors({_SCHEMA}, int segment_dim, float huber) -> (Tensor, Tensor)",
+    _noise_errors,
+    _fake,
+    Gradient(_setup_context, _backward, public="diffusion.noise_errors"),
+)
 
 
 def noise_errors(inputs: Residuals, segment_dim: int = -1) -> tuple[Tensor, Tensor | None]:
@@ -190,6 +172,5 @@ def noise_errors(inputs: Residuals, segment_dim: int = -1) -> tuple[Tensor, Tens
     Fields are [N, ...], of one shape, the target [N, K, ...]; weights and mask have the shape of
     the prediction.
     """
-    node = _op if torch.compiler.is_compiling() else _Errors.apply
-    errors, reference_errors = node(*inputs[:-1], segment_dim, inputs.huber)
+    errors, reference_errors = _op(*inputs[:-1], segment_dim, inputs.huber)
     return errors, reference_errors if inputs.reference is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastpo import backends
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 
 # Rows that are scaled at a time where the result is of another type.
 _BLOCK_ROWS = 4096
@@ -28,8 +28,22 @@ def _scale_rows(input: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) 
     return out_NH
 
 
+def _setup_context(ctx, inputs, outputs) -> None:
+    input, factors, _ = inputs
+    ctx.save_for_backward(input, factors)
+
+
+def _backward(ctx, grad):
+    input, factors = ctx.saved_tensors
+    wide = grad.to(input.dtype)
+    needs_input, needs_factors = ctx.needs_input_grad[:2]
+    grad_input = wide * factors[:, None] if needs_input else None
+    return grad_input, (wide * input).sum(1) if needs_factors else None, None
+
+
 scale_rows = register(
     "scale_rows(Tensor input, Tensor factors, ScalarType dtype) -> Tensor",
     _scale_rows,
     lambda input, factors, dtype: torch.empty(input.shape, dtype=dtype, device=input.device),
+    Gradient(_setup_context, _backward, differentiable=True),
 )

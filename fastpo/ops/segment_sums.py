@@ -18,7 +18,7 @@ from fastpo.ops._check import (
     check_shape,
     fail,
 )
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.tiles import accumulation_dtype
 
 _INPUTS = "Tensor values, Tensor? reference, Tensor? weights, Tensor? mask, Tensor? offsets"
@@ -101,13 +101,6 @@ def _segment_sums(values, reference, weights, mask, offsets):
     return sums_B, counts_B
 
 
-segment_sums = register(
-    f"segment_sums({_INPUTS}) -> (Tensor, Tensor)",
-    _segment_sums,
-    lambda values, reference, weights, mask, offsets: _empty_outputs(values, offsets),
-)
-
-
 def _empty_grads(grad_sums: Tensor, values: Tensor, needs: list[bool]) -> list[Tensor]:
     """Contiguous outputs of the backward, without elements where not needed."""
     dtypes = (values.dtype, values.dtype, grad_sums.dtype)
@@ -136,10 +129,43 @@ def _segment_sums_backward(grad_sums, values, reference, weights, mask, offsets,
     return tuple(grads)
 
 
+# Both ops are linear in each of their tensors, so that derivatives of any order are made of them.
+def _setup_context_backward(ctx, inputs, outputs) -> None:
+    *tensors, ctx.needs = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx, grad_of_values, grad_of_reference, grad_of_weights):
+    grad_sums, values, reference, weights, mask, offsets = ctx.saved_tensors
+    needs_sums, needs_values, needs_reference, needs_weights = ctx.needs_input_grad[:4]
+    found: list[Tensor | None] = [None] * 4
+    if grad_of_values is None and grad_of_reference is not None:
+        grad_of_values = torch.zeros_like(grad_of_reference)
+    if grad_of_values is not None:  # of weights * grad_sums, and of the negative of it
+        differences = (grad_of_values, grad_of_reference)
+        if needs_sums:
+            found[0] = segment_sums(*differences, weights, mask, offsets)[0]
+        if needs_weights:
+            inputs = (*differences, weights, mask, offsets)
+            found[3] = segment_sums_backward(grad_sums, *inputs, [False, False, True])[2]
+    if grad_of_weights is not None:  # of (values - reference) * grad_sums
+        inputs = (values, reference, grad_of_weights, mask, offsets)
+        if needs_sums:
+            sums_B = segment_sums(*inputs)[0]
+            found[0] = sums_B if found[0] is None else found[0] + sums_B
+        if needs_values or needs_reference:
+            needs = [needs_values, needs_reference, False]
+            grads = segment_sums_backward(grad_sums, *inputs, needs)
+            found[1:3] = [x if need else None for x, need in zip(grads[:2], needs[:2], strict=True)]
+    return *found, None, None, None
+
+
 segment_sums_backward = register(
     f"segment_sums_backward(Tensor grad_sums, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _segment_sums_backward,
     lambda grad_sums, values, *rest: tuple(_empty_grads(grad_sums, values, rest[-1])),
+    Gradient(_setup_context_backward, _backward_of_backward, differentiable=True),
 )
 
 
@@ -158,4 +184,9 @@ def _backward(ctx, grad_sums, _):
     return *found, None, None
 
 
-torch.library.register_autograd("fastpo::segment_sums", _backward, setup_context=_setup_context)
+segment_sums = register(
+    f"segment_sums({_INPUTS}) -> (Tensor, Tensor)",
+    _segment_sums,
+    lambda values, reference, weights, mask, offsets: _empty_outputs(values, offsets),
+    Gradient(_setup_context, _backward, differentiable=True),
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpo import backends
 from fastpo.operands import SURROGATE_ROWS, Surrogate, SurrogateInputs
-from fastpo.ops._library import register
+from fastpo.ops._library import Gradient, register
 from fastpo.ops.segment_sums import dense_rows, segment_sums_backward
 from fastpo.tiles import accumulation_dtype
 
@@ -82,9 +82,6 @@ def _fake(*arguments):
     return _empty(arguments[0], offsets, needs_grads)
 
 
-_op = register(_schema(), _token_surrogate, _fake)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     _, rows_RB, grads = output
     ctx.save_for_backward(inputs[0], grads, inputs[_TENSORS + 1])
@@ -103,7 +100,9 @@ def _backward(ctx, grad_loss_B, *_):
     return segment_sums_backward(grad_loss_B, *arguments)[0], *nothing
 
 
-torch.library.register_autograd("fastpo::token_surrogate", _backward, setup_context=_setup_context)
+_op = register(
+    _schema(), _token_surrogate, _fake, Gradient(_setup_context, _backward, public="policy_loss")
+)
 
 
 def token_surrogate(
