@@ -148,6 +148,11 @@ def reduce_kept(loss_B: Tensor, kept_B: Tensor, reduction: Reduction) -> Tensor:
     return loss_B.sum() / kept_B.sum().clamp(min=1)
 
 
+def detached(value: Tensor) -> Tensor:
+    """A copy without gradient, as backward may need what it is a copy of: users may write into it."""
+    return value.detach().clone()
+
+
 def pair_output(
     loss_B: Tensor,
     chosen_rewards_B: Tensor,
@@ -156,8 +161,8 @@ def pair_output(
     **metrics: Tensor,
 ) -> LossOutput:
     """The result of a loss over pairs; all but the loss is detached."""
-    rewards = chosen_rewards_B.detach(), rejected_rewards_B.detach()
-    metrics = {name: value.detach() for name, value in metrics.items()}
+    rewards = detached(chosen_rewards_B), detached(rejected_rewards_B)
+    metrics = {name: detached(value) for name, value in metrics.items()}
     return LossOutput(reduce(loss_B, reduction), *rewards, metrics)
 
 
@@ -165,8 +170,8 @@ def unpaired_output(
     loss_B: Tensor, rewards_B: Tensor, reduction: Reduction, **metrics: Tensor
 ) -> UnpairedOutput:
     """The result of a loss over responses; all but the loss is detached."""
-    metrics = {name: value.detach() for name, value in metrics.items()}
-    return UnpairedOutput(reduce(loss_B, reduction), rewards_B.detach(), metrics)
+    metrics = {name: detached(value) for name, value in metrics.items()}
+    return UnpairedOutput(reduce(loss_B, reduction), detached(rewards_B), metrics)
 
 
 def log_ratios(

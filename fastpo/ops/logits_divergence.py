@@ -32,7 +32,8 @@ def _tiles(*logits_nv, scale, softcap, temperature) -> list[Tile]:
 def _forward(logits, ref_logits, mask, scale, softcap, temperature, kind, alpha):
     (B, T, _), device = logits.shape, logits.device
     acc = accumulation_dtype(logits.dtype)
-    divergences_N = torch.zeros(B * T, dtype=acc, device=device)
+    divergences_BT = torch.zeros((B, T), dtype=acc, device=device)
+    divergences_N = divergences_BT.view(-1)
     rows_RN = torch.zeros((6, B * T), dtype=acc, device=device)
     transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
     kernels = backends.kernels(device)
@@ -40,7 +41,6 @@ def _forward(logits, ref_logits, mask, scale, softcap, temperature, kind, alpha)
         if pair[0].shape[0]:
             tiles, out_n = _tiles(*pair, **transform), divergences_N[rows]
             kernels.divergence(*tiles, rows_RN[:, rows], out_n, kind=kind, alpha=alpha)
-    divergences_BT = divergences_N.view(B, T)
     if mask is not None:
         divergences_BT.masked_fill_(~mask, 0)
     return divergences_BT, rows_RN
