@@ -59,11 +59,18 @@ def calls(name: str) -> list[tuple[tuple, dict]]:
     short = function.__name__
     modules = [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "fastpo"]
     holders = [m for m in modules if getattr(m, short, None) is function]
-    packages = {n: getattr(fastpo, n) for n in fastpo.__all__ if inspect.ismodule(getattr(fastpo, n))}
+    packages = {
+        n: getattr(fastpo, n) for n in fastpo.__all__ if inspect.ismodule(getattr(fastpo, n))
+    }
     for holder in holders:
         setattr(holder, short, recorder)
     try:
-        known = {**packages, "torch": torch, "fastpo": fastpo, **vars(sys.modules[function.__module__])}
+        known = {
+            **packages,
+            "torch": torch,
+            "fastpo": fastpo,
+            **vars(sys.modules[function.__module__]),
+        }
         finder = doctest.DocTestFinder(recurse=False)
         with contextlib.redirect_stdout(io.StringIO()):
             for example in finder.find(function, short, globs=known):

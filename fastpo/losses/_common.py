@@ -149,7 +149,7 @@ def reduce_kept(loss_B: Tensor, kept_B: Tensor, reduction: Reduction) -> Tensor:
 
 
 def detached(value: Tensor) -> Tensor:
-    """A copy without gradient, as backward may need what it is a copy of: users may write into it."""
+    """A copy without gradient, which users may write into: backward may need the original."""
     return value.detach().clone()
 
 

@@ -140,7 +140,7 @@ def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple
         rejected_scores: [B, M] scores of the rejected responses.
 
     Returns:
-        Strengths [B] and their standard deviations [B].
+        Strengths [B] and their standard deviations [B], without gradient.
 
     Raises:
         ValueError: shapes do not fit.
@@ -155,7 +155,7 @@ def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple
         expected, remedy = "[B, M], M >= 2", "Score both responses by the same models."
         raise fail("preference_strength", "chosen_scores, rejected_scores", expected, got, remedy)
     dtype = torch.promote_types(chosen_scores.dtype, torch.float32)
-    difference_BM = chosen_scores.to(dtype) - rejected_scores.to(dtype)
+    difference_BM = (chosen_scores.to(dtype) - rejected_scores.to(dtype)).detach()
     return difference_BM.mean(1), difference_BM.std(1)
 
 

@@ -53,6 +53,11 @@ def _second_derivative(function: str) -> RuntimeError:
     return _refusal(function, "create_graph=False", "True", remedy)
 
 
+def _no_derivative(function: str) -> RuntimeError:
+    remedy = "Detach its inputs where they are constants."
+    return _refusal(function, "an op with a derivative", "one without", remedy)
+
+
 def _node(op: Callable, name: str, gradient: Gradient | None) -> type[_SingleLevelFunction]:
     """The class of the op's nodes in the graph of autograd."""
     public = (gradient and gradient.public) or name
@@ -65,13 +70,14 @@ def _node(op: Callable, name: str, gradient: Gradient | None) -> type[_SingleLev
         if gradient is not None:
             gradient.setup_context(ctx, inputs, output if isinstance(output, tuple) else (output,))
             if transformed() and not gradient.differentiable:
-                ctx.inputs = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+                ctx.of_transforms = [
+                    x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()
+                ]
         return output
 
     def backward(ctx, *grads):
         if gradient is None:
-            remedy = "Detach its inputs where they are constants."
-            raise _refusal(public, "an op with a derivative", "one without", remedy)
+            raise _no_derivative(public)
         if gradient.differentiable or not torch.is_grad_enabled():
             return gradient.backward(ctx, *grads)
         if not transformed():
@@ -79,7 +85,7 @@ def _node(op: Callable, name: str, gradient: Gradient | None) -> type[_SingleLev
         # torch.func takes every gradient with create_graph=True, so nobody can know yet whether it
         # will be differentiated.
         found = gradient.backward(ctx, *grads)
-        return tuple(None if x is None else _once(x, ctx.inputs, public) for x in found)
+        return tuple(None if x is None else _once(x, ctx.of_transforms, public) for x in found)
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (_SingleLevelFunction,), functions)
@@ -113,6 +119,8 @@ def register(
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.default(*inputs)
+        if op.default._schema.is_mutable:
+            raise _no_derivative(name)
         with enable_single_level_autograd_function() if transformed() else nullcontext():
             return node.apply(*inputs)
 
