@@ -29,14 +29,15 @@ _COLUMNS = {"cpu": 1024, "cuda": 21760}  # on CUDA: 510 MiB for bf16
 _ALIGN = 128
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool) -> None:
-    """``out = a @ b`` or ``out += a @ b``, never rounded below ``out``'s own type."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+def multiply(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool, factor: float = 1.0
+) -> None:
+    """``out = factor * a @ b``, or that added to it, never rounded below ``out``'s own type."""
+    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add or factor != 1.0:
+        torch.addmm(out, a, b, **dtype, beta=int(add), alpha=factor, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, **dtype, out=out)
 
 
 def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -126,8 +127,8 @@ class Head:
         return self._weight_VH[start:stop].to(self.compute)
 
     def lora_b(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start .. stop`` of B times the LoRA's scaling."""
-        return (self._lora_b_Vr[start:stop] * self.lora_scale).to(self.compute)
+        """Rows ``start .. stop`` of B, to be multiplied with ``factor=lora_scale``."""
+        return self._lora_b_Vr[start:stop].to(self.compute)
 
     def lora_hidden(self, hidden_nH: torch.Tensor) -> torch.Tensor | None:
         """``hidden @ A^T``, the LoRA branch before B."""
@@ -146,7 +147,8 @@ class Head:
     def add_lora(self, lora_nr, start, out_nv) -> None:
         """The LoRA's share of the slice that begins at ``start``, if there is one."""
         if lora_nr is not None:
-            multiply(lora_nr, self.lora_b(start, start + out_nv.shape[1]).t(), out_nv, add=True)
+            b_rv = self.lora_b(start, start + out_nv.shape[1]).t()
+            multiply(lora_nr, b_rv, out_nv, add=True, factor=self.lora_scale)
 
     def tile(self, logits_nv, targets_n, start: int, ignore_index: int) -> Tile:
         """The record the kernels take."""
@@ -344,7 +346,8 @@ class Gradients:
             self.dbias_v[:v] = self.dbias_v[:v] + sum_v if first else sum_v
         if self.needs_lora:
             lora_b_vr = self.head.lora_b(start, start + v)
-            multiply(dlogits_nv, lora_b_vr, self.dlora_nr[block], add=start > 0)
+            scale = self.head.lora_scale
+            multiply(dlogits_nv, lora_b_vr, self.dlora_nr[block], add=start > 0, factor=scale)
         if self.needs_b:
             multiply(dlogits_nv.t(), lora_nr, self.dlora_b_vr[:v], add=first > 0)
 

@@ -64,9 +64,26 @@ def test_lora_on_the_head(device, dtype, wanted, shared):
     if shared:
         del tensors["ref_weight"], tensors["ref_bias"]
     a, b = torch.randn(4, 19) / 4, torch.randn(157, 4) / 4
-    lora = fastpo.LoRA(*(t.to(dtype).to(device) for t in (a, b)), 0.5)
+    lora = fastpo.LoRA(*(t.to(dtype).to(device) for t in (a, b)), 2 / 8**0.5)
     for workspace_bytes in (1, None):
         check(tensors, dtype, wanted, mask, workspace_bytes, lora=lora)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scale_of_a_lora_is_not_rounded_to_the_inputs(dtype):
+    """A CPU multiplies in float32: as good as plain torch there, gradients rounded once."""
+    tensors, mask = problem(dtype, torch.device("cpu"))
+    lora = fastpo.LoRA(torch.randn(4, 19).to(dtype), torch.randn(157, 4).to(dtype), 0.5 / 8**0.5)
+    upstream = torch.randn(mask.shape).double()
+    arguments, options = (tensors, upstream), {"kind": "forward_kl", "mask": mask, "lora": lora}
+    wanted = ("hidden", "a", "b")
+    truth, truth_grads = run(plain, *arguments, torch.float64, wanted, **options)
+    base, base_grads = run(plain, *arguments, torch.float32, wanted, **options)
+    out, grads = run(fastpo.linear_divergence, *arguments, dtype, wanted, **options)
+    assert_close_to_truth(out, truth, base)
+    for name, grad in grads.items():
+        base_grad = base_grads[name].to(dtype)
+        assert_close_to_truth(grad, truth_grads[name], base_grad, what=f"d {name}")
 
 
 @pytest.mark.parametrize("absent", ["bias", "ref_bias"])

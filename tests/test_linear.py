@@ -130,6 +130,32 @@ def test_lora_on_the_head(backend, dtype, frozen):
     assert {"a", "b"} <= grads.keys()
 
 
+@pytest.mark.parametrize("frozen", [("weight",), ()], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scale_of_a_lora_is_not_rounded_to_the_inputs(dtype, frozen):
+    """A CPU multiplies in float32: as good as plain torch there, gradients rounded once."""
+    tensors, targets = problem(dtype, torch.device("cpu"), bias=False)
+    a, b = torch.randn(4, 19).to(dtype), torch.randn(157, 4).to(dtype)
+    lora = fastpo.LoRA(a, b, 16 / 8**0.5)
+    upstream = {n: torch.randn(targets.shape).double() for n in DIFFERENTIABLE}
+    truth, truth_grads, base, base_grads, out, grads = (
+        x
+        for function, wide, options in (
+            (plain_stats, torch.float64, {}),
+            (plain_stats, torch.float32, {}),
+            (fastpo.linear_token_stats, dtype, {"outputs": OUTPUTS, "workspace_bytes": 40_000}),
+        )
+        for x in run(
+            function, tensors, targets, upstream, wide, frozen, DIFFERENTIABLE, lora=lora, **options
+        )
+    )
+    for name in DIFFERENTIABLE:
+        assert_close_to_truth(out[name], truth[name], base[name], what=name)
+    for name, grad in grads.items():
+        base_grad = base_grads[name].to(dtype)
+        assert_close_to_truth(grad, truth_grads[name], base_grad, what=f"d {name}")
+
+
 @pytest.mark.parametrize("workspace_bytes", [1, 35_000, 50_000, 1 << 20])
 def test_saved_logits_change_nothing_but_the_work(device, monkeypatch, workspace_bytes):
     monkeypatch.setattr(plans, "_COLUMNS", {device.type: 128})
