@@ -4,8 +4,12 @@
 PYTHON ?= python3
 # For a CPU-only build of torch, or another version: make test TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+# What the environment has to hold, and what it was made to hold: another TORCH is installed over the
+# old one, another PYTHON is refused.
+WANTED := $(TORCH) on $(shell $(PYTHON) --version)
+MADE := $(shell cat $(VENV)/torch 2>/dev/null)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test check bench format clean
@@ -31,12 +35,19 @@ format: $(VENV)/installed-tests
 bench: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/run.py logprobs
 
+ifneq ($(MADE),$(WANTED))
+.PHONY: $(VENV)/torch
+endif
 # torch first and by its exact version, so that no later step brings another.
 $(VENV)/torch:
+	@! test -e $(BIN)/python || test "$$($(BIN)/python --version)" = "$$($(PYTHON) --version)" || \
+		{ echo "$(VENV) is of $$($(BIN)/python --version), PYTHON=$(PYTHON) is another:" \
+		"make clean first, or name another folder with VENV=..."; exit 1; }
+	rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
-	touch $@
+	echo "$(WANTED)" > $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[train,diffusion]"

@@ -121,7 +121,7 @@ def padded(columns: int) -> int:
 
 def _block_rows(pair: Pair, count: int, workspace_bytes: int, wanted: Sequence[bool]) -> int:
     rows = workspace_bytes // (padded(pair.vocab) * pair.element_bytes(wanted))
-    align = _ROWS[pair.device.type]
+    align = _ROWS[plans.planned_as(pair.device)]
     align = align if rows >= align else _FEWEST_ROWS
     rows = max(rows - rows % align, _FEWEST_ROWS)
     even = -(-count // max(-(-count // rows), 1))  # not most of them and a thin rest
@@ -135,7 +135,7 @@ def rows_to_save(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> i
     _, _, tile_bytes = plans.tile_shape(N, vocab, workspace_bytes, element_bytes, device)
     row_bytes = 2 * padded(vocab) * plans.accumulation_dtype(dtype).itemsize
     rows = max(workspace_bytes - tile_bytes, 0) // row_bytes
-    return N if rows >= N else rows - rows % _ROWS[device.type]
+    return N if rows >= N else rows - rows % _ROWS[plans.planned_as(device)]
 
 
 def forward(

@@ -52,7 +52,10 @@ class TokenStats(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arguments of a public function, checked, cast and flattened."""
+    """Arguments of a public function, checked, cast and flattened.
+
+    Fields are read by name: before torch 2.13 dynamo can unpack a NamedTuple but not slice it.
+    """
 
     hidden_NH: torch.Tensor
     weight_VH: torch.Tensor
@@ -64,7 +67,9 @@ class Inputs(NamedTuple):
 
     def needs_grad(self) -> bool:
         """Whether autograd will ask for any gradient."""
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:6])
+        others = (self.bias_V, self.lora_a_rH, self.lora_b_Vr)
+        tensors = (self.hidden_NH, self.weight_VH, *others)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def head_is_frozen(self) -> bool:
         """Only the hidden states want a gradient, and no LoRA factor stands between."""
@@ -73,8 +78,8 @@ class Inputs(NamedTuple):
 
 
 def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
-    """What ``F.linear`` does to an input under autocast."""
-    if tensor is None or not torch.is_autocast_enabled(device_type):
+    """What ``F.linear`` does to an input under autocast, of which meta tensors know nothing."""
+    if tensor is None or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensor
     castable = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
@@ -227,12 +232,7 @@ def run(inputs, numbers, outputs, differentiable=None) -> Stats:
         if not keep_unit_grad:
             vocab, workspace_bytes = inputs.weight_VH.shape[0], numbers[-1]
             saved_columns = plans.columns_to_save(inputs.hidden_NH, vocab, workspace_bytes)
-    return Stats(
-        *linear_stats(
-            inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, *inputs[3:], *numbers,
-            moments, keep_unit_grad, saved_columns,
-        )
-    )  # fmt: skip
+    return Stats(*linear_stats(*inputs, *numbers, moments, keep_unit_grad, saved_columns))
 
 
 def linear_logprobs(

@@ -86,7 +86,9 @@ def linear_nll(
     one_tile = rows >= inputs.hidden_NH.shape[0]
     exact_sum = inputs.weight_VH.dtype == acc and rows >= _FEWEST_ROWS
     if inputs.needs_grad() and not inputs.head_is_frozen() and (one_tile or exact_sum):
-        needs = [t is not None and t.requires_grad for t in (*inputs[:2], inputs.bias_V)]
-        return _linear_nll(*inputs[:4], factors_N, *transform, max(rows, 1), *needs)[0]
+        trained = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
+        needs = [t is not None and t.requires_grad for t in trained]
+        tensors = (inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, inputs.bias_V, factors_N)
+        return _linear_nll(*tensors, *transform, max(rows, 1), *needs)[0]
     logprobs_N = linear.run(inputs, scalars, ("logprobs",)).logprobs
     return -(factors_N * logprobs_N).sum()

@@ -160,6 +160,11 @@ class Head:
         )
 
 
+def planned_as(device: torch.device) -> str:
+    """Whose sizes of tiles a device has: those of a GPU for meta tensors, which have no numbers."""
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The type that hidden states of ``dtype`` are multiplied in."""
     return accumulation_dtype(dtype) if device.type == "cpu" else dtype
@@ -167,7 +172,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def columns_at_once(device: torch.device) -> int:
     """Columns of a slice of the weight."""
-    return _COLUMNS[device.type]
+    return _COLUMNS[planned_as(device)]
 
 
 def logit_bytes(dtype: torch.dtype, device: torch.device) -> int:
@@ -180,8 +185,10 @@ def tile_shape(
     count: int, vocab: int, workspace_bytes: int, element_bytes: int, device: torch.device
 ) -> tuple[int, int, int]:
     """Rows, columns and bytes of one tile with its product, for ``count`` rows of hidden states."""
-    rows = max(min(count, _ROWS[device.type]), 1)
-    columns = max(min(workspace_bytes // (rows * element_bytes), _COLUMNS[device.type]), _ALIGN)
+    rows = max(min(count, _ROWS[planned_as(device)]), 1)
+    columns = max(
+        min(workspace_bytes // (rows * element_bytes), _COLUMNS[planned_as(device)]), _ALIGN
+    )
     columns = min(columns - columns % _ALIGN, vocab)
     return rows, columns, rows * columns * element_bytes
 

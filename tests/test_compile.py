@@ -125,6 +125,20 @@ def test_fullgraph(function, trained):
         assert eager is None or torch.allclose(eager, traced, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("function", functions(), ids=lambda f: f.__name__)
+def test_meta_tensors(function, trained):
+    hidden, weight, targets = (t.detach().to("meta") for t in sample(trained))
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    loss = function(hidden, weight, targets)
+    assert loss.is_meta
+    assert loss.shape == ()
+    loss.backward()
+    assert hidden.grad.is_meta
+    assert (weight.grad is not None) == trained
+
+
 def test_one_node_in_the_graph():
     graphs = []
 

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
+
 Reduction = Literal["mean", "sum", "none"]
 NllMean = Literal["token_mean", "sequence_mean"]
 
@@ -207,12 +209,12 @@ def log1mexp(mean_B: Tensor) -> Tensor:
     Taken by the form that keeps its digits on each side of p = 1/2, and with 1 - p held at the
     machine epsilon or above: at p = 1 it is -15.9 (float32), not infinite.
     """
-    guarded_B = mean_B.clamp(max=-torch.finfo(mean_B.dtype).eps)
+    guarded_B = hold(mean_B, high=-torch.finfo(mean_B.dtype).eps)
     half = -math.log(2)
     near_one_B = torch.log(-torch.expm1(guarded_B))
     # torch.where differentiates both branches: keep this one away from 1 - p = 0, where an exp that
     # rounds up to 1 would make its gradient infinite and the sum NaN.
-    near_zero_B = torch.log1p(-torch.exp(guarded_B.clamp(max=half)))
+    near_zero_B = torch.log1p(-torch.exp(hold(guarded_B, high=half)))
     return torch.where(guarded_B > half, near_one_B, near_zero_B)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages.crpg import crpg_rewards
+from fastpo.bounds import hold
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -141,10 +142,10 @@ def c_morl_barrier(
     del columns[objective]
     # Clipped before the exponential, which is then finite for any log-ratio.
     log_ratio_B = policy_B - old_policy_B.detach()
-    ratio_B = torch.exp(log_ratio_B.clamp(math.log1p(-clip), math.log1p(clip)))
+    ratio_B = torch.exp(hold(log_ratio_B, math.log1p(-clip), math.log1p(clip)))
     loss_B = torch.zeros_like(ratio_B) * ratio_B
     for column_B in columns:
         mean_return = column_B.detach().sum() / max(column_B.shape[0], 1)
         slack_B = (ratio_B - beta) * mean_return
-        loss_B = loss_B - torch.log(slack_B.clamp(min=1e-3)) / (t * len(columns))
+        loss_B = loss_B - torch.log(hold(slack_B, low=1e-3)) / (t * len(columns))
     return unpaired_output(loss_B, ratio_B, reduction)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.inputs import Over, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -86,7 +87,7 @@ def sft_fdiv(
     if divergence == "chi2":
         return unpaired_output(reward_B**2 / 4 - reward_B, reward_B, reduction)
     concave, slope = WITH_POLE[divergence]
-    inside_B = reward_B.clamp(min=LOWEST)
+    inside_B = hold(reward_B, low=LOWEST)
     value_B = concave(inside_B) + slope * (reward_B - inside_B)
     return unpaired_output(-value_B, reward_B, reduction)
 

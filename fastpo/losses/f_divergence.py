@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.bounds import hold
 from fastpo.inputs import Is, Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -79,7 +80,7 @@ def f_divergence_score(
     power = {"reverse_kl": 0.0, "forward_kl": -1.0}.get(divergence, alpha - 1)
     if power == 0:
         return log_ratio
-    exponent = (power * log_ratio).clamp(max=LARGEST_EXPONENT[log_ratio.dtype])
+    exponent = hold(power * log_ratio, high=LARGEST_EXPONENT[log_ratio.dtype])
     return torch.expm1(exponent) / power
 
 

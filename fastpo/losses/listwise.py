@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -201,7 +202,7 @@ def adpo(
     loss_B = -torch.where(mask_BK, target_BK * log_share_BK, 0).sum(1)
     if kl_weight:
         # Held in both terms: alone, the linear one would push a response beyond the bound away.
-        excess_BK = (-log_ratio_BK).clamp(max=LARGEST_EXPONENT[log_ratio_BK.dtype])
+        excess_BK = hold(-log_ratio_BK, high=LARGEST_EXPONENT[log_ratio_BK.dtype])
         k3_BK = torch.expm1(excess_BK) - excess_BK
         loss_B = loss_B + kl_weight * masked_mean(k3_BK, mask_BK)
     if not drop_unrewarded:

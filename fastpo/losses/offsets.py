@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from fastpo.bounds import hold
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -97,8 +98,8 @@ def modpo(
 def _reciprocal(mean_B: Tensor, form: str, margin_of: str) -> Tensor:
     """1 / exp(m) of mean log-probs m <= 0, or 1 / m; finite at m = 0 and at any m below."""
     if form == "paper" or margin_of == "prob":
-        return torch.exp((-mean_B).clamp(max=LARGEST_EXPONENT[mean_B.dtype]))
-    return 1 / mean_B.clamp(max=-torch.finfo(mean_B.dtype).eps)
+        return torch.exp(hold(-mean_B, high=LARGEST_EXPONENT[mean_B.dtype]))
+    return 1 / hold(mean_B, high=-torch.finfo(mean_B.dtype).eps)
 
 
 def cpo_constrained(

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -238,8 +239,8 @@ def rloo(
         "rloo", policy=policy, old_policy=old_policy, advantages=advantages
     )
     advantages_B = advantages_B.detach()
-    ratio_B = torch.exp((policy_B - old_policy_B.detach()).clamp(max=LOG_RATIO_MAX))
-    clipped_B = ratio_B.clamp(1 - clip_low, 1 + clip_high)
+    ratio_B = torch.exp(hold(policy_B - old_policy_B.detach(), high=LOG_RATIO_MAX))
+    clipped_B = hold(ratio_B, 1 - clip_low, 1 + clip_high)
     loss_B = -torch.minimum(ratio_B * advantages_B, clipped_B * advantages_B)
     cut_B = (ratio_B < 1 - clip_low) & (advantages_B < 0)
     cut_B = cut_B | (ratio_B > 1 + clip_high) & (advantages_B > 0)

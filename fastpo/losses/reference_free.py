@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -219,7 +220,7 @@ def alphapo(
     rewards = means
     if abs(alpha) > SMALL_ALPHA:
         largest = LARGEST_EXPONENT[means[0].dtype]
-        rewards = [-torch.expm1((-alpha * m_B).clamp(max=largest)) / alpha for m_B in means]
+        rewards = [-torch.expm1(hold(-alpha * m_B, high=largest)) / alpha for m_B in means]
     chosen_B, rejected_B = (beta * reward_B for reward_B in rewards)
     loss_B = soft_logistic(chosen_B - rejected_B - gamma)
     return pair_output(loss_B, chosen_B, rejected_B, reduction)

@@ -56,8 +56,8 @@ def aot(
         ref_rejected=ref_rejected,
     )
     ref_chosen_B, ref_rejected_B = ref_chosen_B.detach(), ref_rejected_B.detach()
-    policy_margin_B = (chosen_B - rejected_B).sort().values
-    ref_margin_B = (ref_chosen_B - ref_rejected_B).sort().values
+    policy_margin_B = (chosen_B - rejected_B).sort(stable=True).values
+    ref_margin_B = (ref_chosen_B - ref_rejected_B).sort(stable=True).values
     loss_B = soft_logistic(beta * (policy_margin_B - ref_margin_B), 1 - label_smoothing)
     rewards = beta * (chosen_B - ref_chosen_B), beta * (rejected_B - ref_rejected_B)
     return pair_output(loss_B, *rewards, reduction)
@@ -90,6 +90,6 @@ def aot_unpaired(
     chosen_B, rejected_B = log_ratios(
         "aot_unpaired", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction
     )
-    margin_B = chosen_B.sort().values - rejected_B.sort().values
+    margin_B = chosen_B.sort(stable=True).values - rejected_B.sort(stable=True).values
     loss_B = soft_logistic(beta * margin_B, 1 - label_smoothing)
     return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.operands import SURROGATE_ROWS, Surrogate, SurrogateInputs
 from fastpo.reference.segment_sums import sequences
 
@@ -15,13 +16,8 @@ _LOW = math.log(1e-8)
 
 
 def _hold(x: Tensor, most: float) -> Tensor:
-    """Within +-most, without gradient beyond; NaN stays, with its gradient."""
-    return torch.where(x.abs() > most, x.detach().clamp(-most, most), x)
-
-
-def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Within the bounds, without gradient beyond; NaN stays, with its gradient."""
-    return torch.where(x.isnan(), x, x.clamp(low, high))
+    """Within +-most, without gradient beyond."""
+    return hold(x, -most, most)
 
 
 def _either(condition: Tensor, x: float, y: float, like: Tensor) -> Tensor:
@@ -112,7 +108,7 @@ def _sequence(s: Surrogate, values: dict[str, Tensor | None]) -> dict[str, Tenso
     u = torch.zeros_like(d) if sampler is None else _gap(old.detach(), sampler)
     correction = None if s.correction == "none" or sampler is None else _correction(s, u)
 
-    clamped = _between(ratio, 1 - low, 1 + high)
+    clamped = hold(ratio, 1 - low, 1 + high)
     below, above = (ratio < 1 - low) & (a < 0), (ratio > 1 + high) & (a > 0)
     stopped = torch.zeros_like(below)
     if s.kind == "clip":
@@ -139,7 +135,7 @@ def _sequence(s: Surrogate, values: dict[str, Tensor | None]) -> dict[str, Tenso
         ratio = _hold(clipped.mean(), s.log_ratio_max).exp().expand_as(d)
         policy = -a * ratio
     else:
-        errors = (lp - a).square(), (_between(lp, old - low, old + high) - a).square()
+        errors = (lp - a).square(), (hold(lp, old - low, old + high) - a).square()
         below, above = torch.zeros_like(below), errors[1] > errors[0]
         policy = torch.where(errors[1] <= errors[0], *errors) / 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.bounds import hold
 from fastpo.diffusion.losses._common import check_scale, prepare_errors
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -96,7 +97,7 @@ def _x_over_expm1(x_B: Tensor) -> Tensor:
     overflow.
     """
     near_B = x_B < 0.1
-    small_B, large_B = x_B.clamp(max=0.1), x_B.clamp(min=0.1)
+    small_B, large_B = hold(x_B, high=0.1), hold(x_B, low=0.1)
     square_B = small_B * small_B
     even_B = square_B * (1 / 12 + square_B * (
         -1 / 720 + square_B * (1 / 30240 - square_B / 1209600)))  # fmt: skip

@@ -22,6 +22,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.bounds import hold
 from fastpo.diffusion.losses._common import check_scale, prepare_errors
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -92,8 +93,8 @@ def clipped_dpo(
         **given,
     )
     low, high = math.log1p(-clip), math.log1p(clip)
-    chosen_B = beta * (policy_chosen_B - ref_chosen_B.detach()).clamp(low, high)
-    rejected_B = beta * (policy_rejected_B - ref_rejected_B.detach()).clamp(low, high)
+    chosen_B = beta * hold(policy_chosen_B - ref_chosen_B.detach(), low, high)
+    rejected_B = beta * hold(policy_rejected_B - ref_rejected_B.detach(), low, high)
     margins_B = chosen_B - rejected_B
     if signs:
         margins_B = signs[0] * margins_B

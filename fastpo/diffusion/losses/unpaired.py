@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.bounds import hold
 from fastpo.diffusion.losses._common import check_scale, prepare_errors
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -35,7 +36,7 @@ def _shortfall(value: Value, gain_B: Tensor, sign_B: Tensor) -> Tensor:
     if value == "risk_seeking_1":
         return 1 + sign_B * logsigmoid(-gain_B)
     if value == "risk_seeking_2":
-        return 2 - sign_B * (gain_B / 100).clamp(max=LARGEST_EXPONENT[gain_B.dtype]).exp()
+        return 2 - sign_B * hold(gain_B / 100, high=LARGEST_EXPONENT[gain_B.dtype]).exp()
     return 1 + logsigmoid(-signed_B)
 
 
