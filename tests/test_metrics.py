@@ -134,24 +134,32 @@ def test_did_with_an_impossible_response():
     assert did_entropy(ratios).item() == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("exponent", [0.5, 2.0, 4.0])
-def test_tail_exponent_of_a_power_law(exponent):
-    """x_i = i^(-1/a): the estimator has a closed form in its own k."""
-    values = torch.arange(1, 201, dtype=torch.float64) ** (-1 / exponent)
-    k = 50
-    want = exponent * k / (k * math.log(k + 1) - math.lgamma(k + 1))
-    got = tail_exponent(values[torch.randperm(200)], 0.25)
-    assert got.item() == pytest.approx(want)
-    torch.testing.assert_close(tail_exponent(7 * values, 0.25), got)
-    large = torch.arange(1, 200_001, dtype=torch.float64) ** (-1 / exponent)
-    assert tail_exponent(large, 0.5).item() == pytest.approx(exponent, rel=1e-3)
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_tail_exponent_of_a_power_law(exponent, share):
+    """sigma_k = k^-a has the exponent a, whatever is taken as its tail."""
+    values = torch.arange(1, 201, dtype=torch.float64) ** -exponent
+    mixed = values[torch.randperm(200)]
+    assert tail_exponent(mixed, share).item() == pytest.approx(exponent)
+    assert tail_exponent(7 * mixed, share).item() == pytest.approx(exponent)
 
 
-def test_tail_exponent_of_a_layer():
-    values = torch.linalg.svdvals(torch.randn(3, 20, 30))
-    assert tail_exponent(values).shape == (3,)
+def test_tail_exponent_looks_at_the_small_modes():
+    """A spectrum that falls like k^-1/2 for ten values and like k^-2 after them."""
+    ranks = torch.arange(1, 101, dtype=torch.float64)
+    values = torch.where(ranks <= 10, ranks**-0.5, 10**1.5 * ranks**-2)
+    assert tail_exponent(values, 0.9).item() == pytest.approx(2.0)
+    assert 0.5 < tail_exponent(values, 1.0).item() < 2.0
+
+
+def test_tail_exponent_of_the_hidden_states_of_a_layer():
+    left, _ = torch.linalg.qr(torch.randn(40, 20, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    hidden = left * torch.arange(1, 21, dtype=torch.float64) ** -2 @ right.T
+    got = tail_exponent(torch.linalg.svdvals(torch.stack((hidden, 3 * hidden))))
+    torch.testing.assert_close(got, torch.tensor([2.0, 2.0], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"tail_exponent: singular_values, share: expected two"):
-        tail_exponent(values, 1.0)
+        tail_exponent(torch.linalg.svdvals(hidden), 0.0)
 
 
 def test_bhattacharyya_angle(check, dtype):

@@ -5,7 +5,7 @@ the device, except where ranks exchange their rows.
 """
 
 from fastpo.advantages.bnpo import bnpo
-from fastpo.advantages.components import gdpo, mo_grpo, sum_rewards
+from fastpo.advantages.components import gdpo, mo_grpo, sum_rewards, weighted_sum_grpo
 from fastpo.advantages.crpg import crpg_rewards
 from fastpo.advantages.dgpo import dgpo
 from fastpo.advantages.dispatch import METHODS, group_advantages
@@ -77,5 +77,6 @@ __all__ = [
     "sum_rewards",
     "tppo_masks",
     "truncated_gae",
+    "weighted_sum_grpo",
     "zo_ranksgd_weights",
 ]

@@ -1,4 +1,4 @@
-"""Several rewards per response: their sum, and normalised one by one."""
+"""Several rewards per response: their sum, normalised, or the sum of what is normalised."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def sum_rewards(rewards: Tensor, reward_weights: Tensor | Sequence[float] | None
     return total.masked_fill(rewards.isnan().all(-1), torch.nan)
 
 
-def mo_grpo(
+def weighted_sum_grpo(
     rewards: Tensor,
     groups: Groups | Tensor | int | None = None,
     *,
@@ -73,9 +73,10 @@ def mo_grpo(
     ddof: int = 1,
     singleton: Singleton | None = None,
 ) -> Tensor:
-    """Multi-objective GRPO: GRPO advantages of the weighted sum of several rewards.
+    """GRPO advantages of the weighted sum of several rewards.
 
-    grpo(sum_k w_k r_k)  (arXiv:2503.21819).
+    grpo(sum_k w_k r_k), the multi-objective GRPO of arXiv:2503.21819. :func:`mo_grpo`, of another
+    paper, normalises before it sums.
 
     Args:
         rewards: [N, K] with ``groups``, or [P, G, K] without; NaN where there is none.
@@ -93,17 +94,61 @@ def mo_grpo(
     Raises:
         ValueError: shapes do not fit or an option is out of range.
 
-    Experimental: the abstract alone was read; the paper's weights are not known.
-
     Example:
-        >>> mo_grpo(torch.tensor([[1.0, 0.5], [0.0, 0.5]]), 2, reward_weights=[1.0, 3.0])
+        >>> rewards = torch.tensor([[1.0, 0.5], [0.0, 0.5]])
+        >>> weighted_sum_grpo(rewards, 2, reward_weights=[1.0, 3.0])
         tensor([ 0.7070, -0.7070])
     """
-    shared.check_rewards("mo_grpo", rewards, groups, components=True)
-    total = sum_rewards(rewards, _weights("mo_grpo", rewards, reward_weights))
+    shared.check_rewards("weighted_sum_grpo", rewards, groups, components=True)
+    total = sum_rewards(rewards, _weights("weighted_sum_grpo", rewards, reward_weights))
     return grpo(
         total, groups, scale=scale, convention=convention, eps=eps, ddof=ddof, singleton=singleton
     )
+
+
+def _sum_of_normalised(
+    rewards_NK: Tensor, groups: Groups, weights_K: Tensor, eps: float, singleton: Singleton
+) -> Tensor:
+    """[N] sum_k w_k (r_k - mean_gk) / (std_gk + eps) over the group; a NaN adds 0."""
+    stats = group_stats(rewards_NK, groups)
+    scale_GK = weights_K * shared.reciprocal(shared.group_std(stats, singleton, 1), eps)
+    return group_affine(rewards_NK, groups, shared.baseline(stats, singleton), scale_GK)
+
+
+def mo_grpo(
+    rewards: Tensor,
+    groups: Groups | Tensor | int | None = None,
+    *,
+    reward_weights: Tensor | Sequence[float] | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """MO-GRPO advantages: each reward normalised in its group, then their sum.
+
+    A_i = sum_k w_k (r_ik - mean_gk) / (std_gk + eps)  (arXiv:2509.22047). No reward outweighs the
+    others by its scale. :func:`weighted_sum_grpo` sums before it normalises; :func:`gdpo`
+    normalises the sum over the batch once more.
+
+    Args:
+        rewards: [N, K] with ``groups``, or [P, G, K] without; NaN, where there is none, adds 0.
+        groups: the size of every group, int ids [N], or :class:`fastpo.Groups`.
+        reward_weights: [K]; 1 if not given, as in the paper.
+        eps: >= 0.
+
+    Returns:
+        [N] or [P, G] float32, or float64 for float64 rewards. No gradient.
+
+    Raises:
+        ValueError: shapes do not fit or an option is out of range.
+
+    Example:
+        >>> mo_grpo(torch.tensor([[1.0, 0.0], [0.0, 100.0], [1.0, 50.0], [0.0, 0.0]]), 4)
+        tensor([ 0.0826,  0.4395,  1.1269, -1.6491])
+    """
+    shared.check_range("mo_grpo", "eps", eps, 0, "1e-4 is that of GRPO in TRL.")
+    rows = shared.rows_of("mo_grpo", rewards, groups, components=True)
+    weights_K = _weights("mo_grpo", rewards, reward_weights)
+    sums_N = _sum_of_normalised(rows.rewards, rows.groups, weights_K, eps, "zero")
+    return sums_N.reshape(rows.shape)
 
 
 def gdpo(
@@ -155,11 +200,8 @@ def gdpo(
     rewards_NK = rows.rewards
     if convention == "nvlabs":
         rewards_NK = rewards_NK.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    stats = group_stats(rewards_NK, rows.groups)
     singleton: Singleton = "reward" if convention == "verl" else "zero"
-    scale_GK = weights_K * shared.reciprocal(shared.group_std(stats, singleton, 1), eps)
-    base_GK = shared.baseline(stats, singleton)
-    sums_N = group_affine(rewards_NK, rows.groups, base_GK, scale_GK)  # a NaN adds 0
+    sums_N = _sum_of_normalised(rewards_NK, rows.groups, weights_K, eps, singleton)
     if convention == "nvlabs" and rewards.shape[-1] == 1:
         return sums_N.reshape(rows.shape)
     scored_N = ~rewards_NK.isnan().all(1)

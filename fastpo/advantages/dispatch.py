@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpo.advantages._common import fail
 from fastpo.advantages.bnpo import bnpo
-from fastpo.advantages.components import gdpo, mo_grpo, sum_rewards
+from fastpo.advantages.components import gdpo, mo_grpo, sum_rewards, weighted_sum_grpo
 from fastpo.advantages.dgpo import dgpo
 from fastpo.advantages.gigpo import gigpo
 from fastpo.advantages.ngrpo import ngrpo
@@ -28,7 +28,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         bnpo, dgpo, dr_grpo, gdpo, gigpo, gpg, grpo, mo_grpo, ngrpo, opo, passk_analytic, passk_max,
-        reinforce_pp_baseline, rloo,
+        reinforce_pp_baseline, rloo, weighted_sum_grpo,
     )
 }  # fmt: skip
 _PARAMETERS = {
@@ -70,7 +70,8 @@ def group_advantages(
     """Advantages of groups of responses by a method's name; also over the rows of all ranks.
 
     Calls the function of that name in ``fastpo.advantages``: bnpo, dgpo, dr_grpo, gdpo, gigpo, gpg,
-    grpo, mo_grpo, ngrpo, opo, passk_analytic, passk_max, reinforce_pp_baseline or rloo.
+    grpo, mo_grpo, ngrpo, opo, passk_analytic, passk_max, reinforce_pp_baseline, rloo or
+    weighted_sum_grpo.
 
     With ``process_group`` rewards, ids and every other tensor of one value per row are gathered
     from its ranks, the method runs on the whole batch in the order of the ranks, and this rank's
@@ -80,8 +81,8 @@ def group_advantages(
 
     Args:
         rewards: [N] with ``groups``, or [P, G] without: each row a group; NaN where a response
-            could not be scored. With one more dimension K for several rewards: ``gdpo`` and
-            ``mo_grpo`` take them apart, the other methods their sum.
+            could not be scored. With one more dimension K for several rewards: ``gdpo``,
+            ``mo_grpo`` and ``weighted_sum_grpo`` take them apart, the others their sum.
         groups: the size of every group, int ids [N], or :class:`fastpo.Groups`. With
             ``process_group`` a size, which has to divide the rows of all ranks together, or ids
             that mean the same on all ranks.

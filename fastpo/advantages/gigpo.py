@@ -26,15 +26,19 @@ def gigpo(
     step_returns: Tensor,
     step_weight: float = 1.0,
     scale: Literal["none", "group"] = "none",
+    counted: Literal["trajectories", "steps"] = "trajectories",
     eps: float = 1e-6,
     singleton: Singleton = "reward",
 ) -> Tensor:
     """GiGPO advantages: of the episode in its group, plus of the step among those of one state.
 
-    A = A_E + w A_S, A_E = R - mean of the group's trajectories, each counted once, A_S = q - mean
-    of the group's steps with the same anchor; with ``scale="group"`` both are divided by the same
-    set's standard deviation + eps  (arXiv:2505.10978, the first author's later code). A step alone
-    with its anchor has A_S = 0.
+    A = A_E + w A_S, A_E = R - mean R of the group, A_S = q - mean of the group's steps with the same
+    anchor; with ``scale="group"`` both are divided by the same set's standard deviation + eps
+    (arXiv:2505.10978). A step alone with its anchor has A_S = 0.
+
+    The paper's mean R counts each trajectory once, as the first author's later code does. The code
+    released with the paper counts, unless told otherwise, every step, so that a long trajectory
+    weighs more: ``counted="steps"``.
 
     Args:
         rewards: [N] rewards R of the episode each step belongs to, one row per step; NaN where
@@ -47,6 +51,7 @@ def gigpo(
         step_returns: [N] discounted returns q, as ``fastpo.advantages.step_returns`` computes.
         step_weight: w.
         scale: ``none`` or ``group``.
+        counted: what the statistics of R are over: ``trajectories`` or ``steps``.
         eps: >= 0.
         singleton: A_E in a group of one trajectory: its ``reward``, or ``zero``.
 
@@ -62,6 +67,7 @@ def gigpo(
         tensor([ 0.9500,  0.5000, -0.9500])
     """
     shared.check_choice("gigpo", "scale", scale, ("none", "group"))
+    shared.check_choice("gigpo", "counted", counted, ("trajectories", "steps"))
     shared.check_choice("gigpo", "singleton", singleton, shared.SINGLETONS)
     shared.check_range("gigpo", "eps", eps, 0, "1e-6 is the authors'.")
     if groups is None:
@@ -78,10 +84,12 @@ def gigpo(
             scale_G = shared.reciprocal(shared.group_std(stats, singleton, 1), eps)
         return group_affine(values_N, groups, shared.baseline(stats, singleton), scale_G)
 
-    # Of equal values the first row is the largest: one row of each trajectory is counted.
-    first_M = group_stats(torch.zeros_like(returns_N), trajectories).arg_max
-    once_N = rows.rewards.masked_fill(~shared.marked_rows(first_M, count), torch.nan)
-    episodes = group_stats(once_N, rows.groups)
+    counted_N = rows.rewards
+    if counted == "trajectories":
+        # Of equal values the first row is the largest: one row of each trajectory is counted.
+        first_M = group_stats(torch.zeros_like(returns_N), trajectories).arg_max
+        counted_N = counted_N.masked_fill(~shared.marked_rows(first_M, count), torch.nan)
+    episodes = group_stats(counted_N, rows.groups)
     episode_N = centred(rows.rewards, rows.groups, episodes, singleton)
     step_N = centred(returns_N, steps, group_stats(returns_N, steps), "zero")
     return episode_N + step_weight * step_N

@@ -42,15 +42,16 @@ def stages_by_gap(gaps: Tensor, stages: int = 3) -> list[Tensor]:
 def curry_stages(
     scores: Tensor,
     stages: int = 3,
-    stage_by: Literal["gap_quantile", "rank_pair"] = "gap_quantile",
+    stage_by: Literal["rank_pair", "gap_quantile"] = "rank_pair",
     generator: torch.Generator | None = None,
 ) -> list[Pairs]:
     """Easy to hard pairs in stages: Curry-DPO, later Curri-DPO (arXiv:2403.07230).
 
-    Each stage is trained with the model of the stage before as reference and a new optimiser.
-    ``gap_quantile`` sorts the pairs of best and each other response of all prompts by their gap
-    (:func:`stages_by_gap`). ``rank_pair`` takes best against worst in stage 0, best against the
-    second worst in stage 1, and so on: for four responses (1, 4), (1, 3), (1, 2).
+    The model that a stage ends with is the reference of the next, which has a new optimiser, as
+    ``fastpo.recipes.curry_dpo`` does it. ``rank_pair``, the paper's, takes best against worst in
+    stage 0, best against the second worst in stage 1, and so on: for four responses (1, 4), (1, 3),
+    (1, 2). ``gap_quantile``, of a re-implementation, sorts the pairs of best and each other
+    response of all prompts by their gap (:func:`stages_by_gap`).
 
     Args:
         scores: [B, K].
@@ -66,14 +67,11 @@ def curry_stages(
         ValueError: the shape does not fit, or an option is out of range.
 
     Example:
-        >>> stages = curry_stages(torch.tensor([[0.1, 0.9, 0.3, 0.8]]), stage_by="rank_pair")
+        >>> stages = curry_stages(torch.tensor([[0.1, 0.9, 0.3, 0.8]]))
         >>> [(s.chosen.item(), s.rejected.item()) for s in stages]
         [(1, 0), (1, 2), (1, 3)]
-
-    Experimental: a re-implementation and a citing paper have the global sort, with plain DPO at
-    beta 0.1; whether the paper has pairs of ranks was not verified.
     """
-    choice("curry_stages", "stage_by", stage_by, ("gap_quantile", "rank_pair"))
+    choice("curry_stages", "stage_by", stage_by, ("rank_pair", "gap_quantile"))
     at_least("curry_stages", "stages", stages, 1)
     scores_BK = scores_of("curry_stages", scores)
     if stage_by == "gap_quantile":

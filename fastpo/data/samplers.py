@@ -88,14 +88,15 @@ class VarianceAwareSampler:
     of :func:`variance_weights`, then the next prompts of a random permutation of all, which is
     drawn anew at its end  (arXiv:2509.21268, the authors' code). Where all weights are 0, as before
     the first rollouts or where prompts do not differ, the draws are uniform. A prompt without
-    rollouts has weight 0: the permutation brings it.
+    rollouts has weight 0: the permutation brings it. The first weights are taken as they are; with
+    ``momentum`` the later ones are mixed with the old.
 
     Args:
         num_prompts: N.
         batch_size: prompts of a batch, weighted ones first.
         generator: source of the draws, on the CPU; its state is saved and restored with the rest.
         weighted_share: share of weighted draws in a batch.
-        momentum: share of the old weights that a refresh keeps, in [0, 1); new prompts start at 0.
+        momentum: share of the old weights that a refresh keeps, in [0, 1).
         refresh_every: batches between two refreshes of the weights, >= 1.
         diversity_weight: as in :func:`variance_weights`.
 
@@ -163,7 +164,8 @@ class VarianceAwareSampler:
         """int64 [batch_size], the prompts of the next batch; some may come twice."""
         if self.draws % self.refresh_every == 0:
             new_N = variance_weights(self.success_rates, self.diversity, self.diversity_weight)
-            self.weights = self.momentum * self.weights + (1 - self.momentum) * new_N
+            kept = self.momentum if self.weights.any() else 0.0  # at first there is nothing to keep
+            self.weights = kept * self.weights + (1 - kept) * new_N
         self.draws += 1
         weighted = int(self.weighted_share * self.batch_size)
         parts = []

@@ -110,16 +110,16 @@ def ranked_lists(scores: Tensor) -> RankedLists:
     return RankedLists(ranking(scores_BK), (~scores_BK.isnan()).sum(1))
 
 
-def pairs_from_rewrites(scores: Tensor, threshold: float) -> Selection:
+def pairs_from_rewrites(scores: Tensor, threshold: float = 4) -> Selection:
     """Turns of dialogues to be rewritten: ECPO (arXiv:2506.14302).
 
-    A simulated user grades every turn (0 to 5); turns of at most ``threshold`` are rewritten, and
-    (rewritten chosen, original rejected) on the same history is a pair. Notes on the paper have
-    both <= and < (1 to 4 were tried); this is <=.
+    A simulated user grades every turn (0 to 5); turns of at most ``threshold`` are rewritten, in
+    the authors' code all that are graded below 5, and (rewritten chosen, original rejected) on the
+    same history is a pair.
 
     Args:
         scores: [B, T] grades of the turns, NaN where a dialogue has none.
-        threshold: the paper's lambda.
+        threshold: the paper's lambda, which tries 1 to 4.
 
     Returns:
         Selection: ``prompt`` is the dialogue, ``response`` the turn.

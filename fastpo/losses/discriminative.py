@@ -225,14 +225,14 @@ def gepo(
     mask: Tensor | None = None,
     beta: float = 0.1,
     variance_weight: float = 1.0,
-    variance_of: Literal["reward", "log_ratio"] = "reward",
+    variance_of: Literal["log_ratio", "reward"] = "log_ratio",
     ddof: int = 0,
     reduction: Reduction = "mean",
 ) -> UnpairedOutput:
     """Group equivalent preference optimisation: winners above losers, and winners alike.
 
-    -log sigmoid(beta (mean_w q - mean_l q)) + variance_weight Var_w(beta q), q = policy - ref
-    (arXiv:2505.12723). One winner against one loser is DPO. OORL adds 0.01 times this loss to that
+    -log sigmoid(beta (mean_w q - mean_l q)) + variance_weight Var_w(q), q = policy - ref
+    (arXiv:2505.12723, section 3.2: the variance is of the log-ratios). One winner against one loser is DPO. OORL adds 0.01 times this loss to that
     of REINFORCE++ with rewards of 0 and 1. Prompts without both kinds are left out of the mean.
 
     Args:
@@ -242,7 +242,7 @@ def gepo(
         mask: [P, G] bool, True where there is a response; all of them if not given.
         beta: strength of the tie to the reference, > 0.
         variance_weight: weight of the winners' variance, >= 0.
-        variance_of: ``reward``, of beta q, or ``log_ratio``, of q.
+        variance_of: ``log_ratio``, of q, as in the paper, or ``reward``, of beta q.
         ddof: 0 divides by the number of winners, 1 by one less (a single winner has variance 0).
         reduction: ``mean`` over the prompts that are left, ``sum`` or ``none`` (the others 0).
 
@@ -253,13 +253,13 @@ def gepo(
     Raises:
         ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
 
-    Experimental: the readable text leaves open what the variance is of, and its divisor.
+    Experimental: the divisor of the variance is not stated.
 
     Example:
         >>> out = gepo(torch.tensor([[2.0, 1.0, 3.0, -1.0, 0.5]]), torch.zeros(1, 5),
         ...            torch.tensor([[True, True, True, False, False]]))
         >>> round(out.loss.item(), 4)
-        0.5936
+        1.2536
     """
     check_positive("gepo", "beta", beta)
     check_not_negative("gepo", "variance_weight", variance_weight)

@@ -133,7 +133,8 @@ def rm_center(
 def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the preference among several reward models, by pair.
 
-    Mean and unbiased standard deviation over M models of r_chosen - r_rejected  (arXiv:2401.06080).
+    Mean and standard deviation over M models of r_chosen - r_rejected, both sums divided by M
+    (arXiv:2401.06080, eq. 4; M = 10 there).
 
     Args:
         chosen_scores: [B, M] scores of the chosen responses by M >= 2 models.
@@ -156,7 +157,7 @@ def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple
         raise fail("preference_strength", "chosen_scores, rejected_scores", expected, got, remedy)
     dtype = torch.promote_types(chosen_scores.dtype, torch.float32)
     difference_BM = (chosen_scores.to(dtype) - rejected_scores.to(dtype)).detach()
-    return difference_BM.mean(1), difference_BM.std(1)
+    return difference_BM.mean(1), difference_BM.std(1, correction=0)
 
 
 def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
@@ -187,40 +188,63 @@ def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
     return flipped.index_fill(0, strengths.argsort(stable=True)[:count], True)
 
 
+FORMS = ("soft_label_margin", "label_smoothing", "adaptive_margin", "hard")
+
+
 def rm_secrets2(
     chosen_scores: Trained,
     rejected_scores: Trained,
     strengths: Tensor,
-    form: Literal["soft_label", "adaptive_margin", "hard"] = "soft_label",
+    form: Literal[
+        "soft_label_margin", "label_smoothing", "adaptive_margin", "hard"
+    ] = "soft_label_margin",
     flipped: Tensor | None = None,
+    smoothing: float | None = None,
     reduction: Reduction = "mean",
 ) -> LossOutput:
     """Reward model on pairs with measured preference strength mu, D = r_chosen - r_rejected.
 
-    ``soft_label``: -p logsigmoid(D) - (1 - p) logsigmoid(-D) with p = sigmoid(mu);
-    ``adaptive_margin``: -logsigmoid(D - mu); ``hard``: -logsigmoid(D)  (arXiv:2401.06080). Flipped
-    pairs count with D and mu negated, which leaves ``soft_label`` as it is. The authors' code has
-    -log(sigmoid(D) + 1e-5) for ``hard``.
+    -(1 - a) logsigmoid(u) - a logsigmoid(-u)  (arXiv:2401.06080, section 2.4)
+
+    ===================== ====== =====================================
+    form                  u      a
+    ===================== ====== =====================================
+    ``soft_label_margin`` D - mu ``smoothing`` where mu < 0, else 0
+    ``label_smoothing``   D      ``smoothing`` on all pairs (eq. 5)
+    ``adaptive_margin``   D - mu 0 (eq. 6, the margin in the sigmoid)
+    ``hard``              D      0
+    ===================== ====== =====================================
+
+    Flipped pairs count with D and mu negated. The authors' code has -log(sigmoid(D) + 1e-5) for
+    ``hard``.
 
     Args:
         chosen_scores: [B] scores of the chosen responses, any float dtype.
         rejected_scores: [B] scores of the rejected responses.
         strengths: [B] mu as from :func:`preference_strength`; no gradient.
-        form: ``soft_label``, ``adaptive_margin`` or ``hard``.
+        form: one of the above.
         flipped: [B] bool as from :func:`flip_weakest`; none if not given.
+        smoothing: a in [0, 1] of the two forms that smooth, 0.1 if not given: the report has no
+            value.
         reduction: ``mean`` over pairs, ``sum`` or ``none``.
 
     Result and errors are those of :func:`rm_bt`; the rewards keep their sides where flipped.
 
-    Experimental: soft label and adaptive margin are read in a summary, not in the paper; its
-    contrastive and meta-learning terms are not here.
+    The report's contrastive terms (SimCSE or SwAV on the differences of features) and its
+    meta-learning (MetaRM) are not here.
 
     Example:
         >>> sums = torch.tensor([1.2]), torch.tensor([0.4]), torch.tensor([0.9])
         >>> round(rm_secrets2(*sums).loss.item(), 4)
-        0.6023
+        0.7444
     """
-    check_choice("rm_secrets2", "form", form, ("soft_label", "adaptive_margin", "hard"))
+    check_choice("rm_secrets2", "form", form, FORMS)
+    smooths = form in FORMS[:2]
+    if smoothing is not None and not smooths:
+        remedy = "Leave it out, or take a form that smooths."
+        raise fail("rm_secrets2", "smoothing", f"none with form={form!r}", smoothing, remedy)
+    smoothing = 0.1 if smoothing is None else smoothing
+    check_share("rm_secrets2", "smoothing", smoothing)
     check_choice("rm_secrets2", "reduction", reduction, REDUCTIONS)
     chosen_B, rejected_B, strengths_B = prepare(
         "rm_secrets2",
@@ -233,11 +257,14 @@ def rm_secrets2(
         check_flags("rm_secrets2", "flipped", flipped, chosen_B)
         margin_B = torch.where(flipped, -margin_B, margin_B)
         strengths_B = torch.where(flipped, -strengths_B, strengths_B)
-    if form == "soft_label":
-        loss_B = soft_logistic(margin_B, torch.sigmoid(strengths_B))
-    else:
-        loss_B = soft_logistic(margin_B - strengths_B if form == "adaptive_margin" else margin_B)
-    return pair_output(loss_B, chosen_B, rejected_B, reduction)
+    if form in ("soft_label_margin", "adaptive_margin"):
+        margin_B = margin_B - strengths_B
+    label: Tensor | float = 1.0
+    if form == "label_smoothing":
+        label = 1 - smoothing
+    elif form == "soft_label_margin":
+        label = 1 - smoothing * (strengths_B < 0).to(margin_B)
+    return pair_output(soft_logistic(margin_B, label), chosen_B, rejected_B, reduction)
 
 
 def v0(

@@ -10,42 +10,45 @@ from torch import Tensor
 from fastpo.metrics._common import fail, prepare
 
 
-def tail_exponent(singular_values: Tensor, share: float = 0.1) -> Tensor:
-    """Exponent of the power-law tail of singular values, by the Hill estimator.
+def tail_exponent(singular_values: Tensor, share: float = 0.5) -> Tensor:
+    """How fast the tail of a layer's spectrum decays: SPINAL's contraction (arXiv:2601.06238).
 
-    a = k / sum_{i <= k} log(x_i / x_{k+1}) over the k largest values: the share of values beyond x
-    falls like x^-a, their density like x^-(a + 1). SPINAL (arXiv:2601.06238) follows it over the
-    layers of a model.
+    alpha = -d log sigma_k / d log k over the smallest singular values of the layer's hidden states,
+    the slope that fits them best in least squares; k counts from 1, the largest. Values k^-a give
+    a. The larger, the fewer directions the layer contracts its states into.
 
     Args:
-        singular_values: [..., K] positive, in any order, of a layer's matrix.
-        share: share of the values taken as the tail, in (0, 1); at least one and at most K - 1.
+        singular_values: [..., K] positive, in any order: ``torch.linalg.svdvals(hidden)`` of the
+            hidden states [..., tokens, H] that leave the layer.
+        share: share of the values taken as the tail, in (0, 1]; at least two of them.
 
     Returns:
-        [...]; infinite if the tail's values are all alike.
+        [...]; NaN where a value of the tail is 0.
 
     Raises:
         ValueError: there are fewer than two values, or the share is out of range.
 
-    Experimental: of the paper only the abstract was read; the estimator is our choice.
+    Experimental: which values the paper counts as the tail was not readable; ``share`` is ours.
 
     Example:
-        >>> values = torch.arange(1, 1001, dtype=torch.float64) ** -0.5  # tail exponent 2
-        >>> round(tail_exponent(values, 0.5).item(), 1)
+        >>> values = torch.arange(1, 1001, dtype=torch.float64) ** -2
+        >>> round(tail_exponent(values).item(), 6)
         2.0
     """
     (values_K,) = prepare("tail_exponent", singular_values=singular_values)
-    if values_K.ndim == 0 or values_K.shape[-1] < 2 or not 0 < share < 1:
+    if values_K.ndim == 0 or values_K.shape[-1] < 2 or not 0 < share <= 1:
         expected, got = (
-            "two values or more and a share in (0, 1)",
+            "two values or more and a share in (0, 1]",
             f"{list(values_K.shape)}, {share}",
         )
-        raise fail(
-            "tail_exponent", "singular_values, share", expected, got, "Try torch.linalg.svdvals."
-        )
-    k = min(max(int(share * values_K.shape[-1]), 1), values_K.shape[-1] - 1)
-    logs_K = values_K.topk(k + 1, -1).values.log()
-    return k / (logs_K[..., :-1] - logs_K[..., -1:]).sum(-1)
+        remedy = "Try torch.linalg.svdvals of the hidden states."
+        raise fail("tail_exponent", "singular_values, share", expected, got, remedy)
+    count = values_K.shape[-1]
+    tail = max(int(share * count), 2)
+    logs_K = values_K.sort(-1, descending=True).values[..., -tail:].log()
+    ranks_K = torch.arange(count - tail + 1, count + 1, device=logs_K.device).to(logs_K).log()
+    logs_K, ranks_K = (x - x.mean(-1, keepdim=True) for x in (logs_K, ranks_K))
+    return -(ranks_K * logs_K).sum(-1) / ranks_K.square().sum(-1)
 
 
 def _angle(distance: Tensor) -> Tensor:
@@ -67,8 +70,6 @@ def bhattacharyya_angle(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes do not fit.
-
-    Experimental: of the paper only the abstract was read; the form is from memory.
 
     Example:
         >>> p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])

@@ -6,6 +6,7 @@ parts. They need the extra ``fastpo[train]``.
 """
 
 from fastpo.recipes.apo_momentum import apo_momentum
+from fastpo.recipes.curry_dpo import curry_dpo
 from fastpo.recipes.dno import dno, dno_prct
 from fastpo.recipes.egpo import egpo
 from fastpo.recipes.evolve import evolve
@@ -23,6 +24,7 @@ from fastpo.recipes.xpo import xpo
 
 __all__ = [
     "apo_momentum",
+    "curry_dpo",
     "dno",
     "dno_prct",
     "egpo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import time
@@ -23,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from fastpo.advantages import METHODS
 from fastpo.data.records import COMPLETION_FIELDS, PAIR_FIELDS, load_rows, split_by_prompt
 from fastpo.data.tokens import CompletionCollator, PairCollator, tokenize_rows
 from fastpo.trainers import reference
@@ -268,7 +270,9 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
     advantage_options = dict(config.advantage_options)
 
     def build(model, tokenizer, args, train, held):
-        if config.advantage in ("gdpo", "mo_grpo") and not is_given:
+        method = METHODS.get(config.advantage)
+        takes_parts = method and "reward_weights" in inspect.signature(method).parameters
+        if takes_parts and not is_given:
             advantage_options.setdefault("reward_weights", train.rewards.weights)
         return GRPOTrainer(
             model,

@@ -92,7 +92,12 @@ VECTORS = {
         {},
         [[0, 0, -1.5273905051, 1.5273905051], [-0.7636952526] * 2 + [0.7636952526] * 2],
     ),
-    "mo_grpo": (COMPONENTS, {}, None),
+    "mo_grpo": (
+        [[[1, 0, 1, 0]], [[0, 100, 50, 0]]],
+        {"eps": 0.0},
+        [[0.082675952, 0.4395570159, 1.1271418877, -1.6493748556]],
+    ),
+    "weighted_sum_grpo": (COMPONENTS, {}, None),
     "dgpo": (
         REWARDS,
         {"lengths": LENGTHS},
@@ -184,7 +189,7 @@ def test_grpo_of_the_batch(dtype, device):
 
 
 def test_grpo_on_the_sum_of_components(device):
-    got = call("mo_grpo", COMPONENTS, {}, torch.float64, device, "rows")
+    got = call("weighted_sum_grpo", COMPONENTS, {}, torch.float64, device, "rows")
     _close(got[0], [0, 0, -1.2245948898, 1.2245948898])
 
 
@@ -221,6 +226,10 @@ def test_gigpo_vector(dtype, device):
     own = torch.tensor([0, 0, 1, 0, 0], dtype=dtype, device=device)
     computed = advantages.step_returns(own, Groups.from_ids(trajectories), steps, gamma=0.95)
     torch.testing.assert_close(computed, returns)
+    # Trajectories of three steps and of two: each step counts once, as in the released code.
+    rows = dict(trajectories=trajectories, anchors=anchors, step_returns=returns)
+    got_steps = advantages.gigpo(rewards, 5, **rows, counted="steps")
+    _close(got_steps, [0.66833333333333, 0.4, 0.76583333333333, -1.23416666666667, -0.6])
     # The same twice, in two groups with the same anchors.
     twice = advantages.gigpo(
         rewards.repeat(2),
@@ -243,3 +252,20 @@ def test_gigpo_vector(dtype, device):
     want = torch.tensor([1, 1, 1, -1, -1.0], device=device).double() * 0.5 / (0.5**0.5 + 1e-6)
     want[[0, 2, 3]] += 0.5 * (mates - mates.mean()) / (mates.std() + 1e-6)
     _close(scaled, want.cpu())
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [({}, [0.5, 0.5, 0.5, -0.5]), ({"counted": "steps"}, [0.25, 0.25, 0.25, -0.75])],
+)
+def test_gigpo_counts_trajectories_or_steps(options, want, device):
+    """R = 1 over three steps against R = 0 over one; no two steps start alike."""
+    rewards = torch.tensor([1, 1, 1, 0], dtype=torch.float64, device=device)
+    rows = dict(
+        trajectories=torch.tensor([0, 0, 0, 1], device=device),
+        anchors=torch.arange(4, device=device),
+        step_returns=rewards,
+    )
+    _close(advantages.gigpo(rewards, 4, **rows, **options), want)
+    got = advantages.group_advantages(rewards, 4, "gigpo", **rows, **options)
+    assert torch.equal(got, advantages.gigpo(rewards, 4, **rows, **options))

@@ -12,7 +12,8 @@ from fastpo import advantages
 from fastpo.groups import Groups
 
 NAN = float("nan")
-CENTRED = ("grpo", "dr_grpo", "rloo", "gpg", "bnpo", "gdpo", "mo_grpo", "dgpo", "passk_analytic")
+CENTRED = ("grpo", "dr_grpo", "rloo", "gpg", "bnpo", "gdpo", "mo_grpo", "dgpo", "passk_analytic",
+           "weighted_sum_grpo")  # fmt: skip
 # In the others a group of equals learns from the rest of the batch, or from virtual responses.
 ZERO_ON_EQUALS = (*CENTRED, "opo", "passk_max")
 SHIFT_INVARIANT = sorted(
@@ -26,7 +27,7 @@ def method(name):
 
     def call(rewards, groups=None, lengths=None, **options):
         function = getattr(advantages, name)
-        if name in ("gdpo", "mo_grpo"):
+        if "reward_weights" in inspect.signature(function).parameters:
             rewards = torch.stack([rewards, 0.5 * rewards], -1)
         if name == "passk_analytic":
             options["k"] = 2
@@ -122,7 +123,7 @@ def test_empty_groups_and_types(name, binary):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_rewards_have_exactly_no_advantage(name, value, dtype, device):
     rewards = torch.tensor([[1, 0, 1], [value] * 3, [0, 0, 1]], dtype=dtype, device=device)
-    if name in ("grpo", "dr_grpo", "rloo", "gpg", "dgpo", "opo", "gdpo", "mo_grpo"):
+    if name in ("grpo", "dr_grpo", "rloo", "gpg", "dgpo", "opo", "gdpo", "mo_grpo", "weighted_sum_grpo"):
         rewards[1] += 0.1  # no sum of three of it is exact
     lengths = torch.tensor([[1, 2, 3]] * 3, device=device)
     got = method(name)(rewards, lengths=lengths)
@@ -165,14 +166,23 @@ def test_a_positive_factor_does_not_matter_without_eps(call, binary):
     assert (got[-3:] == 0).all()
 
 
-def test_gdpo_does_not_see_the_scale_of_one_component_and_grpo_does(device):
+def test_who_sees_the_scale_of_one_component(device):
     rewards = torch.rand(6, 5, 2, dtype=torch.float64, device=device)
     scaled = rewards * torch.tensor([1.0, 10.0], device=device)
-    gdpo = lambda x: advantages.gdpo(x, eps=0.0)
-    torch.testing.assert_close(gdpo(scaled), gdpo(rewards))
-    assert (advantages.mo_grpo(scaled) - advantages.mo_grpo(rewards)).abs().max() > 0.1
-    weighted = advantages.mo_grpo(rewards, reward_weights=[1.0, 10.0])
-    torch.testing.assert_close(weighted, advantages.mo_grpo(scaled))
+    for function in (advantages.gdpo, advantages.mo_grpo):
+        torch.testing.assert_close(function(scaled, eps=0.0), function(rewards, eps=0.0))
+    summed = advantages.weighted_sum_grpo
+    assert (summed(scaled) - summed(rewards)).abs().max() > 0.1
+    weighted = summed(rewards, reward_weights=[1.0, 10.0])
+    torch.testing.assert_close(weighted, summed(scaled))
+
+
+def test_mo_grpo_is_the_sum_of_grpo_of_each_component(device):
+    rewards = torch.rand(6, 5, 3, dtype=torch.float64, device=device)
+    rewards[2, 1, 0] = rewards[4, :, 1] = NAN
+    weights = [1.0, 0.0, 2.5]
+    parts = (w * advantages.grpo(rewards[..., k]) for k, w in enumerate(weights))
+    torch.testing.assert_close(advantages.mo_grpo(rewards, reward_weights=weights), sum(parts))
 
 
 # ------------------------------------------------------------------ one method is another

@@ -46,7 +46,7 @@ def test_unknown_gaps_are_left_out():
 
 def test_curry_by_rank():
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8], [4, 3, 2, 1], [1, 1, 1, 1], [NAN, 2, 1, NAN]])
-    stages = [triples(s) for s in curry_stages(scores, stage_by="rank_pair")]
+    stages = [triples(s) for s in curry_stages(scores)]
     assert stages == [
         [(0, 1, 0), (1, 0, 3), (3, 1, 2)],
         [(0, 1, 2), (1, 0, 2)],
@@ -54,9 +54,18 @@ def test_curry_by_rank():
     ]
 
 
+def test_curry_stages_of_four_responses_are_the_papers():
+    """(R1, R4), (R1, R3), (R1, R2) of every prompt."""
+    scores = torch.stack([torch.randperm(4) for _ in range(5)]).double()
+    ranked = scores.argsort(1, descending=True).tolist()
+    for place, stage in zip((3, 2, 1), curry_stages(scores), strict=True):
+        want = [(b, order[0], order[place]) for b, order in enumerate(ranked)]
+        assert triples(stage) == want
+
+
 def test_curry_by_gap_is_one_global_sort():
     scores = torch.randn(20, 4, dtype=torch.float64)
-    stages = curry_stages(scores, 3)
+    stages = curry_stages(scores, 3, stage_by="gap_quantile")
     assert [s.num_pairs for s in stages] == [20, 20, 20]
     gaps = torch.cat([s.gaps(scores) for s in stages])
     assert torch.equal(gaps, gaps.sort(descending=True).values)

@@ -130,8 +130,18 @@ def test_momentum_mixes_old_and_new_weights():
     sampler.draw()
     sampler.record(torch.arange(3), second)
     sampler.draw()
-    want = 0.75 * 0.25 * variance_weights(first) + 0.25 * variance_weights(second)
+    want = 0.75 * variance_weights(first) + 0.25 * variance_weights(second)
     torch.testing.assert_close(sampler.weights, want)
+
+
+def test_the_first_weights_are_taken_whole():
+    """Whether rollouts are there at the first refresh or come later."""
+    sampler = _sampler(4, 2, momentum=0.9, refresh_every=1)
+    sampler.draw()
+    assert not sampler.weights.any()
+    sampler.record(torch.arange(4), RATES)
+    sampler.draw()
+    assert torch.equal(sampler.weights, variance_weights(RATES))
 
 
 def test_records_of_some_prompts_leave_the_others():

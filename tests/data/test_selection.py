@@ -70,6 +70,7 @@ def test_ranked_lists():
 def test_ecpo_vector():
     scores = torch.tensor([[5, 2, 3, 1]])
     assert places(pairs_from_rewrites(scores, 2)) == [(0, 1), (0, 3)]
+    assert places(pairs_from_rewrites(scores)) == [(0, 1), (0, 2), (0, 3)]  # all below 5
     partly = torch.tensor([[5.0, NAN], [0.0, 2.0]])
     assert places(pairs_from_rewrites(partly, 2)) == [(1, 0), (1, 1)]
     assert places(pairs_from_rewrites(torch.zeros(2, 0), 2)) == []

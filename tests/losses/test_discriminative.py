@@ -38,7 +38,7 @@ CALLS = {
     "disco_log_probs": lambda p, r, n, v, d, **o: disco(p, d, tau=10.0, **o),
     "discob": lambda p, r, n, v, d, **o: discob(p, d, **o),
     "gepo": lambda p, r, n, v, d, **o: gepo(p, r, d, beta=0.7, **o),
-    "gepo_ddof": lambda p, r, n, v, d, **o: gepo(p, r, d, ddof=1, variance_of="log_ratio", **o),
+    "gepo_ddof": lambda p, r, n, v, d, **o: gepo(p, r, d, ddof=1, variance_of="reward", **o),
 }
 
 
@@ -208,11 +208,21 @@ def test_gepo_vectors(vector_dtype, check_vector):
     wins = torch.tensor([[True, True, True, False, False]])
     zero = torch.zeros_like(policy)
     check_vector(gepo(policy, zero, wins, variance_weight=0.0).loss, 0.5869620020)
-    check_vector(gepo(policy, zero, wins).loss, 0.5936286687)
-    check_vector(gepo(policy, zero, wins, variance_of="log_ratio").loss, 1.2536286687)
+    check_vector(gepo(policy, zero, wins).loss, 1.2536286687)
+    check_vector(gepo(policy, zero, wins, variance_of="reward").loss, 0.5936286687)
     # Three winners: 3/2 of the population's variance.
-    unbiased = gepo(policy, zero, wins, variance_of="log_ratio", ddof=1).loss
+    unbiased = gepo(policy, zero, wins, ddof=1).loss
     check_vector(unbiased, 0.5869620020 + 1.0)
+
+
+def test_gepo_penalises_the_variance_of_the_log_ratios():
+    """Means 0.5 and 0, beta 0.1; the winners' variance is 1.5^2."""
+    policy = torch.tensor([[2.0, -1.0, 0.5, -0.5]], dtype=torch.float64)
+    wins = torch.tensor([[True, True, False, False]])
+    want = math.log1p(math.exp(-0.05)) + 2.25
+    got = gepo(policy, torch.zeros_like(policy), wins).loss
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+    assert round(got.item(), 3) == 2.918
 
 
 @pytest.mark.parametrize("ddof", [0, 1])

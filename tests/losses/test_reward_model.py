@@ -44,19 +44,34 @@ def test_reward_model_vectors(scores, check_vector):
     check_vector(rm_bt(*scores).rejected_rewards, [0.4, 0.6, -1.0])
 
 
+def _cross_entropy(margins, smoothing):
+    p = torch.sigmoid(margins)
+    return -((1 - smoothing) * p.log() + smoothing * (1 - p).log())
+
+
 def test_secrets2_vectors(scores, check_vector):
+    """The second of three pairs has a strength below 0, and alone is smoothed beside its margin."""
     strengths = torch.tensor([0.9, -0.4, 0.2], dtype=scores.dtype)
-    check_vector(rm_secrets2(*scores, strengths).loss, 0.6587499986)
+    check_vector(rm_secrets2(*scores, strengths, form="hard").loss, 0.5665109649)
     got = rm_secrets2(*scores, strengths, form="adaptive_margin").loss
     check_vector(got, 0.6477161882)
-    check_vector(rm_secrets2(*scores, strengths, form="hard").loss, 0.5665109649)
+    margins = torch.tensor([0.8, -0.3, 0.5], dtype=F64)  # of the scores above
+    with_mu = margins - torch.tensor([0.9, -0.4, 0.2], dtype=F64)
+    a = torch.tensor([0.0, 0.3, 0.0], dtype=F64)
+    got = rm_secrets2(*scores, strengths, smoothing=0.3, reduction="none").loss
+    check_vector(got, _cross_entropy(with_mu, a).tolist())
+    check_vector(rm_secrets2(*scores, strengths).loss, 0.6477161882 + 0.1 * 0.1 / 3)
+    # Equation 5: one constant on all pairs, whatever their strengths.
+    got = rm_secrets2(*scores, strengths, form="label_smoothing", smoothing=0.3, reduction="none")
+    check_vector(got.loss, _cross_entropy(margins, 0.3).tolist())
 
 
 def test_preference_strength_vector(check_vector, vector_dtype):
+    """Equation 4 divides both sums by the number of models: 0.79685 is with one less."""
     chosen, rejected = (torch.tensor([x], dtype=vector_dtype) for x in (CHOSEN, REJECTED))
     mean, deviation = preference_strength(chosen, rejected)
     check_vector(mean, [-0.1331085205])
-    check_vector(deviation, [0.7968527943])
+    check_vector(deviation, [0.7968527943 * math.sqrt(0.9)])
 
 
 def test_v0_vector(check_vector, vector_dtype):
@@ -91,7 +106,7 @@ def test_margins_and_strengths_get_no_gradient(f1):
     chosen, rejected = (x.clone().requires_grad_() for x in f1.sums[:2])
     extra = torch.ones(3, dtype=F64, requires_grad=True)
     loss = rm_margin(chosen, rejected, extra).loss + rm_center(chosen, rejected, extra).loss
-    for form in ("soft_label", "adaptive_margin"):
+    for form in ("soft_label_margin", "adaptive_margin"):
         loss = loss + rm_secrets2(chosen, rejected, extra, form=form).loss
     loss.backward()
     assert extra.grad is None
@@ -100,20 +115,22 @@ def test_margins_and_strengths_get_no_gradient(f1):
 def test_flipping_swaps_the_pair(f1):
     chosen, rejected, strengths, _ = f1.sums
     flipped = torch.tensor([False, True, True])
-    for form in ("soft_label", "adaptive_margin", "hard"):
+    for form in ("soft_label_margin", "label_smoothing", "adaptive_margin", "hard"):
         options = dict(form=form, reduction="none")
         got = rm_secrets2(chosen, rejected, strengths, flipped=flipped, **options)
         plain = rm_secrets2(chosen, rejected, strengths, **options)
         swapped = rm_secrets2(rejected, chosen, -strengths, **options)
         torch.testing.assert_close(got.loss, torch.where(flipped, swapped.loss, plain.loss))
         assert torch.equal(got.chosen_rewards, chosen)
-        if form == "soft_label":
-            torch.testing.assert_close(got.loss, plain.loss)
 
 
-def test_strong_preference_is_a_hard_label(f1):
-    strengths = torch.full((3,), 1e4, dtype=F64)
-    torch.testing.assert_close(rm_secrets2(*f1.sums[:2], strengths).loss, rm_bt(*f1.sums[:2]).loss)
+def test_secrets2_of_strengths_of_zero_is_bradley_terry(f1):
+    want = rm_bt(*f1.sums[:2]).loss
+    strengths = torch.zeros(3, dtype=F64)
+    for form in ("soft_label_margin", "adaptive_margin"):
+        torch.testing.assert_close(rm_secrets2(*f1.sums[:2], strengths, form=form).loss, want)
+    got = rm_secrets2(*f1.sums[:2], strengths, form="label_smoothing", smoothing=0.0).loss
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +183,8 @@ def test_errors(f1):
         rm_center(*pair, coefficient=-1.0)
     with pytest.raises(ValueError, match="rm_secrets2: form: expected one of"):
         rm_secrets2(*pair, pair[0], form="meta")
+    with pytest.raises(ValueError, match="rm_secrets2: smoothing: expected none with form='hard'"):
+        rm_secrets2(*pair, pair[0], form="hard", smoothing=0.1)
     with pytest.raises(ValueError, match=r"rm_secrets2: flipped: expected torch.bool \[3\]"):
         rm_secrets2(*pair, pair[0], flipped=pair[0])
     with pytest.raises(ValueError, match=r"preference_strength: .* expected \[B, M\]"):

@@ -43,7 +43,7 @@ ROWS = {
     "discob": grouped(losses.discob, "desirable"),
     "gepo": grouped(losses.gepo, "ref", "desirable", has_beta=True),
     "gepo_unbiased": grouped(
-        losses.gepo, "ref", "desirable", has_beta=True, ddof=1, variance_of="log_ratio"
+        losses.gepo, "ref", "desirable", has_beta=True, ddof=1, variance_of="reward"
     ),
     "reg_grpo": grouped(losses.reg_grpo, "old_policy", "scores"),
     "reg_grpo_added": grouped(losses.reg_grpo, "old_policy", "scores", convention="added"),

@@ -133,6 +133,7 @@ ROWS = {
     "rm_center": scored(losses.rm_center),
     "rm_secrets2": scored(losses.rm_secrets2, "chosen"),
     "rm_secrets2_margin": scored(losses.rm_secrets2, "chosen", form="adaptive_margin"),
+    "rm_secrets2_smoothing": scored(losses.rm_secrets2, "chosen", form="label_smoothing"),
     "v0": scored(losses.v0),
     "gpm": Row(_gpm, has_beta=False),
     "gpm_regression": Row(_gpm_regression, has_beta=False),
