@@ -5,7 +5,7 @@ pairs, G group size, T positions, H hidden, V vocabulary, K choices, E flattened
 are natural logarithms.
 """
 
-from fastpo import advantages, backends, diffusion, losses, metrics, surrogates, weights
+from fastpo import _lazy, advantages, backends, diffusion, losses, metrics, surrogates, weights
 from fastpo.advantages import group_advantages
 from fastpo.diffusion import noise_errors, step_log_probs
 from fastpo.divergence import divergence, linear_divergence
@@ -22,6 +22,8 @@ from fastpo.sequences import (
 from fastpo.surrogates import policy_loss
 
 __version__ = "0.1.0"
+
+__getattr__ = _lazy.submodules(__name__)  # data, recipes, trainers, methods, ...
 
 __all__ = [
     "Groups",

@@ -9,6 +9,9 @@ which to keep (``selection``; ``dynamic`` for groups of rollouts), which of them
 (``ids``) and which tokens count (``masks``).
 """
 
+from fastpo import _lazy
 from fastpo.data.errors import DataError
 
 __all__ = ["DataError"]
+
+__getattr__ = _lazy.submodules(__name__)
