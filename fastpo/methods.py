@@ -1,8 +1,9 @@
 """The catalogue: published methods, the building blocks they are made of and where these are here.
 
 One row per method in ``methods.csv``. An entry point is a name below ``fastpo`` with the arguments
-it is called with; several together make the method. A row without entry points is not built yet, or
-lies outside the library's purpose, as its status and note say.
+it is called with, by the names of its own parameters; several together make the method. A row
+without entry points is not built yet, or lies outside the library's purpose, as its status and note
+say. :func:`describe` prints a row as Python that runs once its inputs are there.
 
 >>> import fastpo.methods
 >>> row = fastpo.methods.find("sppo")
@@ -19,9 +20,12 @@ from __future__ import annotations
 import ast
 import csv
 import importlib
+import inspect
+import operator
 import re
+import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +41,9 @@ class EntryPoint(NamedTuple):
 
     Attributes:
         name: dotted, below ``fastpo``, such as ``losses.dpo``.
-        arguments: names of the inputs it is given.
-        named: those given by keyword, keyword first.
+        arguments: inputs given by position, by the names of their parameters.
+        named: inputs given by keyword, the parameter first. The input has another name where two
+            calls of a method give different things to parameters of one name.
         options: settings that make it this method.
     """
 
@@ -53,13 +58,18 @@ class EntryPoint(NamedTuple):
         Raises:
             ImportError, AttributeError: it does not exist.
         """
-        module, _, name = f"fastpo.{self.name}".rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        return _load(self.name)
+
+    def inputs(self) -> dict[str, str]:
+        """What is to be there before the call, and what it is: the parameter's own description."""
+        described = _descriptions(self.name)
+        given = {name: name for name in self.arguments} | {v: k for k, v in self.named.items()}
+        return {name: described[parameter] for name, parameter in given.items()}
 
     def __str__(self) -> str:
         named = (f"{name}={value}" for name, value in self.named.items())
         options = (f"{name}={value!r}" for name, value in self.options.items())
-        return f"{self.name}({', '.join((*self.arguments, *named, *options))})"
+        return f"fastpo.{self.name}({', '.join((*self.arguments, *named, *options))})"
 
 
 class Method(NamedTuple):
@@ -88,6 +98,25 @@ class Method(NamedTuple):
     spec: str
     status: str
     note: str
+
+
+def _descriptions(name: str) -> dict[str, str]:
+    """What a docstring says of each argument, in one line; it may point at another function's."""
+    text = inspect.getdoc(_load(name)) or ""
+    section = text.partition("Args:\n")[2].partition("\n\n")[0]
+    items = re.findall(r"^    (\w[\w*, \n]*?): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    found = {
+        name.strip(): " ".join(meaning.split()) for names, meaning in items for name in names.split(",")
+    }
+    for other in re.findall(r"those of\s+:(?:func|class):`(?:fastpo\.)?([\w.]+)`", text):
+        beside = f"{name.rpartition('.')[0]}.{other}"
+        found = _descriptions(other if "." in other else beside.strip(".")) | found
+    return found
+
+
+def _load(name: str) -> Callable:
+    """What stands below ``fastpo`` under a dotted name."""
+    return operator.attrgetter(name)(importlib.import_module("fastpo"))
 
 
 def _entry_point(text: str) -> EntryPoint:
@@ -194,13 +223,40 @@ def markdown(methods: Iterator[Method]) -> str:
 
 
 def describe(row: Method) -> str:
-    """One method as text, with every entry point's call."""
-    lines = [
-        f"{row.key}: {row.title} ({row.year})",
-        f"  arXiv    {row.arxiv or 'unknown'}",
-        f"  blocks   {', '.join(row.blocks)}",
-        f"  needs    {', '.join(row.needs) or 'a policy'}",
-        f"  status   {row.status}: {STATUSES[row.status]}",
-        *(f"  call     {entry}" for entry in row.entry_points),
-    ]
-    return "\n".join(lines + [f"  note     {row.note}"] * bool(row.note))
+    """One method as Python text: what it is and what to supply as comments, then its calls.
+
+    Pasted as it stands after the inputs that it names have been defined, it runs.
+
+    Example:
+        >>> print(describe(find("robust_dpo")))  # doctest: +ELLIPSIS
+        # robust_dpo: Provably Robust DPO: Aligning Language Models with Noisy Feedback (2024)
+        # arXiv   2403.00409
+        # ...
+        # You supply:
+        #   policy_chosen: [B] summed log-probs of chosen responses, nats, any float dtype.
+        ...
+        import fastpo
+        <BLANKLINE>
+        fastpo.losses.robust(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    """
+    facts = {
+        "arXiv": row.arxiv or "unknown",
+        "blocks": ", ".join(row.blocks),
+        "needs": ", ".join(row.needs) or "a policy",
+        "status": f"{row.status}: {STATUSES[row.status]}",
+        "note": row.note,
+    }
+    comment = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
+    lines = [f"# {row.key}: {row.title} ({row.year})"]
+    for name, text in facts.items():
+        if text:
+            lines += comment(text, initial_indent=f"# {name:8}", subsequent_indent="#" + 9 * " ")
+    if not row.entry_points:
+        return "\n".join(lines)
+    inputs = {}
+    for entry in row.entry_points:
+        inputs = entry.inputs() | inputs
+    lines += ["#", "# You supply:"] if inputs else []
+    for name, text in inputs.items():
+        lines += comment(f"{name}: {text}", initial_indent="#   ", subsequent_indent="#     ")
+    return "\n".join([*lines, "", "import fastpo", "", *map(str, row.entry_points)])

@@ -86,9 +86,8 @@ def otc_rewards(
     Raises:
         ValueError: shapes or dtypes do not fit or an option is out of range.
 
-    Experimental: the formulas were read in a note that quotes the paper and in a
-    re-implementation; c and alpha of the paper were not. The paper's n is the least over past
-    epochs as well.
+    Experimental: the formulas were read in third-party code and in a note that quotes the paper; c
+    and alpha of the paper were not. The paper's n is the least over past epochs as well.
 
     Example:
         >>> correct, calls = torch.tensor([True, True, False]), torch.tensor([2, 4, 0])
@@ -141,7 +140,7 @@ def gcpo_rewards(
     Raises:
         ValueError: shapes or dtypes do not fit or an option is out of range.
 
-    Experimental: read in reviews of the paper; its weight, threshold and length reward were not.
+    The paper's weight, threshold and length reward were not read.
 
     Example:
         >>> accuracy = torch.tensor([1.0, 1.0, 0.0, 1.0])

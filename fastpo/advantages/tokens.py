@@ -179,7 +179,7 @@ def truncated_gae(
     Raises:
         ValueError: as :func:`gae`, and ``finished`` is not bool [B].
 
-    Experimental: V_l = V_{l-1} was read in reviews and a digest of the paper; its lambda was not.
+    The paper's lambda was not read.
 
     Example:
         >>> rewards, values = torch.zeros(1, 3), torch.tensor([[0.2, 0.3, 0.5]])

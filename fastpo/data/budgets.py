@@ -20,8 +20,8 @@ def _check_rates(function: str, success_rates: Sequence[float]) -> None:
 def rollout_utility(budget: int, success_rate: float) -> float:
     """Expected number of failing rollouts in groups that have a success as well.
 
-    U(B, p) = B (1 - p) [1 - (1 - p)^(B - 1)]  (arXiv:2602.03584, by a digest of the paper): 0 for
-    one rollout and for p = 0 or 1, where a group teaches nothing.
+    U(B, p) = B (1 - p) [1 - (1 - p)^(B - 1)]  (arXiv:2602.03584): 0 for one rollout and for
+    p = 0 or 1, where a group teaches nothing.
 
     Args:
         budget: B, number of rollouts of the prompt, >= 0.

@@ -170,7 +170,7 @@ def mapl_response_pairs(fits: Tensor) -> Pairs:
         >>> mapl_response_pairs(torch.tensor([[True, False, True]]))[1:3]
         (tensor([0, 2]), tensor([1, 1]))
 
-    Experimental: the abstract has both kinds of pairs; their objectives were not read.
+    Experimental: rule and loss were read in a note on the paper.
     """
     return above_gap(real("mapl_response_pairs", "fits", fits, "R M"))
 
@@ -195,6 +195,6 @@ def mapl_margin_pairs(levels: Tensor) -> Pairs:
         >>> mapl_margin_pairs(torch.tensor([[1, 3, 1]]))[1:3]
         (tensor([1, 1]), tensor([0, 2]))
 
-    Experimental: the abstract has both kinds of pairs; their objectives were not read.
+    Experimental: the rule was read in a note on the paper; its objective was not.
     """
     return above_gap(real("mapl_margin_pairs", "levels", levels, "B P"))

@@ -253,7 +253,7 @@ def gepo(
     Raises:
         ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
 
-    Experimental: the divisor of the variance is not stated.
+    The paper does not state the divisor of the variance: ``ddof`` is our choice.
 
     Example:
         >>> out = gepo(torch.tensor([[2.0, 1.0, 3.0, -1.0, 0.5]]), torch.zeros(1, 5),

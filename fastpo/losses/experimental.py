@@ -101,7 +101,7 @@ def mapl(
     beta: float = 0.1,
     reduction: Reduction = "mean",
 ) -> LossOutput:
-    """Multi-aspect preference learning on re-paired responses.
+    """Multi-level aware preference learning, MAPL, on re-paired responses.
 
     -logsigmoid(beta d), d the log-ratio of one response under a prompt that it fits (chosen) minus
     under one that it does not (rejected); with the margins d' of other pairs, which should be the
@@ -118,7 +118,8 @@ def mapl(
 
     Result and errors are those of :func:`dpo`.
 
-    Experimental: the abstract confirms the two kinds of pairs, not the two objectives.
+    Experimental: the objective inside a sample and the rules of the pairs were read in a note on
+    the paper; that of other margins was not.
 
     Example:
         >>> sums = [torch.tensor([x]) for x in (-2.5, -2.7, -2.7, -2.2)]
@@ -167,8 +168,8 @@ def tpo_tree(
     Raises:
         ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
 
-    Experimental: the equations were not read, and the two released implementations contradict each
-    other and the abstract.
+    Experimental: the equations were not read. The released code is another thing, its list loss
+    inside -log sigmoid with labels evenly spaced by position, and contradicts the abstract.
 
     Example:
         >>> out = tpo_tree(torch.tensor([[0.4, 0.1, -0.3, 0.2]]), torch.zeros(1, 4),

@@ -157,9 +157,9 @@ def vpo(
     Other arguments, result and errors are those of :func:`dpo`; the metric ``bonus`` is the mean of
     the second term.
 
-    Experimental: derived from the stated principle (reward likelihood regularised by the optimal
-    value, with mean reward 0 on the calibration distribution); alpha and the choice of that
-    distribution were not found in a source.
+    Experimental: the KL and its signs are confirmed by reviews; that it is weighed by alpha beta is
+    derived from the stated principle (reward likelihood regularised by the optimal value, with mean
+    reward 0 on the calibration distribution).
 
     Example:
         >>> sums = torch.tensor([[-12.0], [-14.5], [-13.0], [-14.0]])

@@ -88,7 +88,8 @@ def reg_grpo(
     Raises:
         ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
 
-    Experimental: floor, divisor of the variance and gradient through mean and std are not stated.
+    The paper does not state floor, divisor of the variance and gradient through mean and std:
+    these are our choice.
 
     Example:
         >>> out = reg_grpo(torch.tensor([[0.1, -0.2, 0.05, 0.3]]), torch.zeros(1, 4),

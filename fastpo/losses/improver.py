@@ -68,8 +68,8 @@ def srpo(
         LossOutput; the rewards are those of the policy, beta l(w|x) and beta l(r|x), the metrics
         ``joint`` and ``improver`` the means of the two losses.
 
-    Experimental: the game is second-hand, the losses are derived from it and exact in the tabular
-    case; alpha and beta were not found in a source.
+    Experimental: reviews confirm the game and the convex mix; the losses are derived from it and
+    exact in the tabular case; the paper's alpha and beta were not read.
 
     Example:
         >>> plain = torch.tensor([[-12.0], [-14.5], [-13.0], [-14.0]])

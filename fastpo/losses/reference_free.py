@@ -237,7 +237,7 @@ def asft(
     """ASFT, aligned supervised fine-tuning: likelihood of the chosen, unlikelihood of the rejected.
 
     NLL + beta [-logsigmoid(lo(m_chosen)) - logsigmoid(-lo(m_rejected))], lo(m) = m - log(1 - exp m)
-    (arXiv:2409.10571, restated in arXiv:2502.01237), with the NLL averaged over the tokens of a
+    (arXiv:2409.10571, ORPO's identity with the NLL), with the NLL averaged over the tokens of a
     sequence. By logsigmoid(lo(m)) = m it is -(1 + beta) m_chosen - beta log(1 - exp m_rejected),
     the form computed. The unlikelihood stays finite at p = 1. It is not the Anchored SFT that
     LLaMA-Factory calls ASFT.
@@ -251,8 +251,6 @@ def asft(
         reduction: ``mean`` over pairs, ``sum`` or ``none``.
 
     Result and errors are those of :func:`simpo`; the rewards are beta m.
-
-    Experimental: the formula comes from the restatement, and the default beta is our choice.
 
     Example:
         >>> sums, counts = torch.tensor([[-2.5], [-2.7]]), torch.tensor([[3], [2]])

@@ -204,7 +204,8 @@ def flex_dpo(
     :func:`dpo`.
 
     Args:
-        beta_rejected: beta-, > 0, below ``beta`` in the paper; equal betas are :func:`dpo`.
+        beta_rejected: beta-, > 0, below ``beta`` in the paper, where about 0.08 is the best at a
+            beta+ of 0.1; equal betas are :func:`dpo`.
         beta: beta+, of the chosen response, > 0.
 
     Returns:
@@ -215,7 +216,7 @@ def flex_dpo(
         >>> round(flex_dpo(*sums, beta=0.5, beta_rejected=0.2).loss.item(), 4)
         0.5981
 
-    Experimental: the formula was read in referees' summaries; the paper came without code.
+    Experimental: formula and values were read in referees' summaries; the paper came without code.
     """
     check_positive("flex_dpo", "beta_rejected", beta_rejected)
     chosen_B, rejected_B = log_ratios(

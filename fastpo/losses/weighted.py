@@ -185,8 +185,6 @@ def re_po(
 
     Rewards are those of ``loss``. Other arguments, result and errors are those of :func:`dpo`.
 
-    Experimental: read in a summary of the paper and in reviews, not in the paper itself.
-
     Example:
         >>> import torch
         >>> names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")

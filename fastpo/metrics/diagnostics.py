@@ -28,7 +28,7 @@ def tail_exponent(singular_values: Tensor, share: float = 0.5) -> Tensor:
     Raises:
         ValueError: there are fewer than two values, or the share is out of range.
 
-    Experimental: which values the paper counts as the tail was not readable; ``share`` is ours.
+    Which values the paper counts as the tail was not readable: ``share`` is our choice.
 
     Example:
         >>> values = torch.arange(1, 1001, dtype=torch.float64) ** -2

@@ -277,8 +277,8 @@ def dagrpo_mask(
 ) -> Tensor:
     """DaGRPO: the mask without sequences that are hardly told apart from the others.
 
-    Experimental: that rows of low distinctiveness are masked is from the abstract of
-    arXiv:2512.06337; the scores and the threshold of the paper were not seen.
+    Experimental: the abstract of arXiv:2512.06337 masks pairs of low distinctiveness, and adds
+    off-policy anchors, which are not here; the scores and the threshold of the paper were not seen.
 
     Args:
         distinctiveness: [B] scores of a scorer of your own.

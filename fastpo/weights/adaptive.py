@@ -161,8 +161,6 @@ class RePO(Memory):
         rate: of the running mean, the paper's alpha, in [0, 1].
         all_reduce: sum over ranks; None on a single one.
 
-    Experimental: read in a summary of the paper and in reviews, not in the paper itself.
-
     Example:
         >>> reliabilities = RePO()
         >>> annotators = torch.zeros(2, dtype=torch.long)

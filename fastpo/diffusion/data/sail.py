@@ -18,8 +18,9 @@ def self_rewards(errors: Tensor, reward_ref_errors: Tensor, beta: float = 5000.0
 
     The implicit reward of a model (arXiv:2602.05380), free for a ranking or as a metric too. Pairs
     are :func:`fastpo.data.pairs.best_worst` of it; the probability that one sample beats another
-    is :func:`fastpo.data.win_rates.bradley_terry_matrix` of it. The seed-tuned model as theta0
-    makes R zero in the first round, whose sampler is that same model: take the pretrained one.
+    is :func:`fastpo.data.win_rates.bradley_terry_matrix` of it. The paper's theta0 is
+    the model tuned on the seed pairs. The first round samples from that same model, whose R is then
+    0 for every sample: take the pretrained one there.
 
     Args:
         errors: [..., R] of the model at R draws per sample, 10 in the paper.
@@ -35,8 +36,6 @@ def self_rewards(errors: Tensor, reward_ref_errors: Tensor, beta: float = 5000.0
     Example:
         >>> self_rewards(torch.tensor([[0.2, 0.4]]), torch.tensor([[0.3, 0.5]]), beta=2.0)
         tensor([0.1000])
-
-    Experimental: second-hand; which model theta0 is in the first round was not read in the paper.
     """
     name = f"{_MODULE}.self_rewards"
     check_positive(name, "beta", beta)
@@ -89,8 +88,6 @@ def mixed_pairs(
         >>> mixture = mixed_pairs(num_self=2, num_seed=10, size=8, seed=0)
         >>> mixture.is_self.sum().item(), sorted(mixture.index[mixture.is_self].tolist())
         (2, [0, 1])
-
-    Experimental: the shares are second-hand.
     """
     name = f"{_MODULE}.mixed_pairs"
     check_share(name, "self_share", self_share)

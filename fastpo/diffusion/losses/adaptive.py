@@ -129,7 +129,8 @@ def seppo(
     -logsigmoid(beta w (a - s b)), s = 1 where the policy's error on the chosen sample is at most
     the reference's, else -1  (arXiv:2410.05255, eq. 7 and 8). With s = -1 the reference's sample
     counts as a second winner, inside the one sigmoid. Where both errors are equal, as everywhere at
-    the start, s is 1. The reference is a random earlier checkpoint of the policy.
+    the start, s is 1. The reference is a random one of the last K = 7 checkpoints of the policy,
+    which are taken every 30 updates.
 
     Args:
         rejected_errors: [B] errors on samples that the reference generated.
@@ -184,8 +185,6 @@ def adaptive_balance(losses: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: there is none, or one is not 0-d.
 
-    Experimental: the formula comes from restatements, which agree.
-
     Example:
         >>> round(adaptive_balance([torch.tensor(0.9), torch.tensor(0.3)]).item(), 4)
         0.75
@@ -229,7 +228,7 @@ def bide_dpo(
     Returns:
         LossOutput; the rewards are means over the K pairs, and the metric ``shares`` is alpha [K].
 
-    Experimental: the formula comes from restatements, which agree; the paper's beta was not read.
+    The paper's beta was not read: this is Diffusion-DPO's.
 
     Example:
         >>> errors = torch.tensor([[[0.10, 0.20]], [[0.30, 0.20]], [[0.12, 0.30]], [[0.25, 0.20]]])

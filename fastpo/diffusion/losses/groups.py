@@ -58,8 +58,6 @@ def gdro(
     Raises:
         ValueError: shapes, devices or dtypes do not fit, or an option is out of range.
 
-    Experimental: read in two reading notes that agree, not in the paper.
-
     Example:
         >>> out = gdro(-torch.tensor([[0.3, -0.1, 0.4]]), torch.zeros(1, 3),
         ...            torch.tensor([[0.9, 0.5, 0.2]]), beta=1.0, tau=0.5, gamma=0.0)
@@ -101,8 +99,6 @@ def corrected_reward(reward: Tensor, quality: Tensor) -> Tensor:
 
     Returns:
         The corrected reward, without gradient.
-
-    Experimental: read in reading notes, not in the paper.
 
     Example:
         >>> corrected_reward(torch.tensor(0.9), torch.tensor(3.5))
