@@ -106,7 +106,9 @@ def _descriptions(name: str) -> dict[str, str]:
     section = text.partition("Args:\n")[2].partition("\n\n")[0]
     items = re.findall(r"^    (\w[\w*, \n]*?): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
     found = {
-        name.strip(): " ".join(meaning.split()) for names, meaning in items for name in names.split(",")
+        name.strip(): " ".join(meaning.split())
+        for names, meaning in items
+        for name in names.split(",")
     }
     for other in re.findall(r"those of\s+:(?:func|class):`(?:fastpo\.)?([\w.]+)`", text):
         beside = f"{name.rpartition('.')[0]}.{other}"
@@ -255,7 +257,7 @@ def describe(row: Method) -> str:
         return "\n".join(lines)
     inputs = {}
     for entry in row.entry_points:
-        inputs = entry.inputs() | inputs
+        inputs |= {name: text for name, text in entry.inputs().items() if name not in inputs}
     lines += ["#", "# You supply:"] if inputs else []
     for name, text in inputs.items():
         lines += comment(f"{name}: {text}", initial_indent="#   ", subsequent_indent="#     ")

@@ -68,7 +68,13 @@ GROUP_NUMBERS = (
     "critic_q", "turn_scores", "log_ratios",
 )  # fmt: skip
 TOKEN_SUMS = ("token_logprobs", "token_ref_logprobs", "log_sum_sq_probs")
-TOKEN_NUMBERS = ("token_values", "token_returns", "token_rewards_chosen", "token_rewards_rejected", "token_rewards")
+TOKEN_NUMBERS = (
+    "token_values",
+    "token_returns",
+    "token_rewards_chosen",
+    "token_rewards_rejected",
+    "token_rewards",
+)
 PAIR_ERRORS = ("chosen_errors", "rejected_errors", "ref_chosen_errors", "ref_rejected_errors")
 FIELDS = ("prediction", "reference", "unconditional", "sample", "next_samples", "noisy", "clean",
           "noise")  # fmt: skip
@@ -95,7 +101,9 @@ ARGUMENTS = {
     **dict.fromkeys(("group_policy", "group_ref"), _sums(B, K)),
     **dict.fromkeys(("paid", "cheapest"), lambda: torch.tensor([900.0, 800.0, 700.0])),
     **dict.fromkeys(("log_p", "log_q"), lambda: _normal(B, 9)().log_softmax(-1)),
-    **dict.fromkeys(("desirable", "kept", "response_passed"), lambda: torch.tensor([True, False, True])),
+    **dict.fromkeys(
+        ("desirable", "kept", "response_passed"), lambda: torch.tensor([True, False, True])
+    ),
     **dict.fromkeys(("first_logprobs", "second_logprobs"), _sums(B, K, K)),
     **dict.fromkeys(("kl_estimate", "delta"), lambda: torch.zeros(())),
     **dict.fromkeys(("node_q", "node_v"), lambda: torch.tensor([0.1, 0.6, 0.4, 0.9])),
@@ -140,7 +148,9 @@ ARGUMENTS = {
         torch.tensor([-1, 0, 0, 1]), torch.tensor([0.2, 0.7, 0.4, 0.9]), torch.tensor([4, 3, 1, 2])
     ),
     "tree_parent": lambda: torch.tensor([-1, 0, 0, 0]),
-    **dict.fromkeys(("row_rewards", "response_rewards", "row_returns", "row_accuracy"), _probabilities(N)),
+    **dict.fromkeys(
+        ("row_rewards", "response_rewards", "row_returns", "row_accuracy"), _probabilities(N)
+    ),
     "row_groups": lambda: torch.arange(N) // K,
     "row_lengths": lambda: 1 + _integers(9, N)(),
     "row_components": _normal(N, 2),
@@ -163,6 +173,9 @@ ARGUMENTS = {
     "batch_size": lambda: 4,
     "generator": lambda: torch.Generator().manual_seed(0),
     "generate": lambda: list,
+    **dict.fromkeys(("model", "tokenizer", "output"), object),
+    "prompts": lambda: ["prompt"],
+    "score": lambda: len,
     "pairs": lambda: Pairs(torch.arange(B), torch.zeros(B).long(), torch.ones(B).long()),
     # of diffusion: errors of pairs, groups, segments and steps; fields of a denoiser
     **dict.fromkeys((*PAIR_ERRORS, "errors", "ref_errors"), _probabilities(B)),
@@ -270,7 +283,6 @@ KINDS = {
     "sampler_logprobs": "token_ref_logprobs",
     "samples": "micro_batches",
     "scale": "guidance_scale",
-    "score": "set_score",
     "search": "search_q",
     "second": "rejected_embeddings",
     "shares": "group_shares",
@@ -292,11 +304,16 @@ KINDS_OF_CALLS = {
     "advantages.gae": {"rewards": "token_rewards_chosen"},
     "advantages.gdpo": {"rewards": "row_components"},
     "advantages.mo_grpo": {"rewards": "row_components"},
+    "advantages.weighted_sum_grpo": {"rewards": "row_components"},
     "advantages.otb": {"rewards": "token_rewards_chosen", "groups": "sample_groups"},
     "advantages.passk_analytic": {"rewards": "row_correct_share"},
     "advantages.reinforce_pp": {"rewards": "token_rewards_chosen"},
     "advantages.remax": {"rewards": "token_rewards_chosen"},
-    "advantages.remax_returns": {"rewards": "chosen_scores", "policy": "token_logprobs", "ref": "token_ref_logprobs"},
+    "advantages.remax_returns": {
+        "rewards": "chosen_scores",
+        "policy": "token_logprobs",
+        "ref": "token_ref_logprobs",
+    },
     "advantages.rloo": {"rewards": "scores"},
     "advantages.truncated_gae": {"rewards": "token_rewards_chosen"},
     "data.objectives.dominance_pairs": {"rewards": "reward_axes"},
@@ -306,28 +323,58 @@ KINDS_OF_CALLS = {
     "data.scores.penalize_missing_eos": {"scores": "two_scores", "has_eos": "two_passed"},
     "data.selection.pairs_from_rewrites": {"scores": "turn_scores"},
     "data.visual_rules.flow_dpo_pairs": {"rewards": "scores"},
+    "data.visual_rules.dragon_pairs": {"score": "set_score"},
     "diffusion.data.sail.self_rewards": {"errors": "draw_errors"},
     "diffusion.data.segments.segment_means": {"errors": "frame_errors"},
     "diffusion.guidance.negative_weights": {"delta": "weight_deltas"},
-    "diffusion.losses.bide_dpo": {"chosen_errors": "chosen_pair_errors", "rejected_errors": "rejected_pair_errors", "ref_chosen_errors": "ref_chosen_pair_errors", "ref_rejected_errors": "ref_rejected_pair_errors"},
-    "diffusion.losses.dense_dpo": {"chosen_errors": "chosen_segment_errors", "rejected_errors": "rejected_segment_errors", "ref_chosen_errors": "ref_chosen_segment_errors", "ref_rejected_errors": "ref_rejected_segment_errors"},
+    "diffusion.losses.bide_dpo": {
+        "chosen_errors": "chosen_pair_errors",
+        "rejected_errors": "rejected_pair_errors",
+        "ref_chosen_errors": "ref_chosen_pair_errors",
+        "ref_rejected_errors": "ref_rejected_pair_errors",
+    },
+    "diffusion.losses.dense_dpo": {
+        "chosen_errors": "chosen_segment_errors",
+        "rejected_errors": "rejected_segment_errors",
+        "ref_chosen_errors": "ref_chosen_segment_errors",
+        "ref_rejected_errors": "ref_rejected_segment_errors",
+    },
     "diffusion.losses.dgpo": {"errors": "group_errors", "advantages": "group_advantage"},
     "diffusion.losses.gdro": {"errors": "group_errors"},
-    "diffusion.losses.inversion_dpo": {"chosen_errors": "chosen_step_errors", "rejected_errors": "rejected_step_errors"},
+    "diffusion.losses.inversion_dpo": {
+        "chosen_errors": "chosen_step_errors",
+        "rejected_errors": "rejected_step_errors",
+    },
     "diffusion.losses.kto": {"ref_errors": "ref_errors"},
     "diffusion.losses.preference_shares": {"scores": "group_reward_scores"},
     "diffusion.losses.rank_dpo": {"errors": "group_errors"},
     "diffusion.losses.renoise": {"alphas_cumprod": "sample_alphas_cumprod"},
     "diffusion.losses.self_npo": {"alphas_cumprod": "sample_alphas_cumprod"},
-    "losses.a2po": {"policy": "policy_chosen", "ref": "ref_chosen", "scores": "rewards", "values": "optimal_values"},
+    "losses.a2po": {
+        "policy": "policy_chosen",
+        "ref": "ref_chosen",
+        "scores": "rewards",
+        "values": "optimal_values",
+    },
     "losses.apo_zero_unpaired": {"policy": "policy_chosen", "ref": "ref_chosen"},
     "losses.bco": {"policy": "policy_chosen", "ref": "ref_chosen"},
     "losses.c_morl_barrier": {"policy": "policy_chosen", "returns": "reward_table"},
-    "losses.crpg": {"policy": "policy_chosen", "ref": "ref_chosen", "counts": "chosen_counts", "scores": "chosen_scores", "baseline_scores": "greedy_scores", "passed": "kept"},
+    "losses.crpg": {
+        "policy": "policy_chosen",
+        "ref": "ref_chosen",
+        "counts": "chosen_counts",
+        "scores": "chosen_scores",
+        "baseline_scores": "greedy_scores",
+        "passed": "kept",
+    },
     "losses.crraft": {"policy": "policy_chosen", "weights": "chosen_weights"},
     "losses.disco": {"desirable": "group_desirable"},
     "losses.discob": {"desirable": "group_desirable"},
-    "losses.dual_gap": {"policy": "game_policy", "ref": "game_ref", "preferences": "game_preferences"},
+    "losses.dual_gap": {
+        "policy": "game_policy",
+        "ref": "game_ref",
+        "preferences": "game_preferences",
+    },
     "losses.gepo": {"desirable": "group_desirable"},
     "losses.kimi_mdpo": {"old_policy": "group_old_policy"},
     "losses.kto": {"policy": "policy_chosen", "ref": "ref_chosen", "kl": "kl_estimate"},

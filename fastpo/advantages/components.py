@@ -142,7 +142,7 @@ def mo_grpo(
 
     Example:
         >>> mo_grpo(torch.tensor([[1.0, 0.0], [0.0, 100.0], [1.0, 50.0], [0.0, 0.0]]), 4)
-        tensor([ 0.0826,  0.4395,  1.1269, -1.6491])
+        tensor([ 0.0825,  0.4397,  1.1270, -1.6492])
     """
     shared.check_range("mo_grpo", "eps", eps, 0, "1e-4 is that of GRPO in TRL.")
     rows = shared.rows_of("mo_grpo", rewards, groups, components=True)

@@ -32,8 +32,8 @@ def gigpo(
 ) -> Tensor:
     """GiGPO advantages: of the episode in its group, plus of the step among those of one state.
 
-    A = A_E + w A_S, A_E = R - mean R of the group, A_S = q - mean of the group's steps with the same
-    anchor; with ``scale="group"`` both are divided by the same set's standard deviation + eps
+    A = A_E + w A_S, A_E = R - mean R of the group, A_S = q - mean q of the group's steps with the
+    same anchor; with ``scale="group"`` both are divided by the same set's standard deviation + eps
     (arXiv:2505.10978). A step alone with its anchor has A_S = 0.
 
     The paper's mean R counts each trajectory once, as the first author's later code does. The code

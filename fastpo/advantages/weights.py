@@ -49,7 +49,8 @@ def zo_ranksgd_weights(
     sum_i w_i d_i is the mean of d_i - d_j over all pairs with i known to be better than j
     (arXiv:2303.03751). Of m directions k are ranked: the one of rank rho = 0 ... k - 1 has weight
     (m - 1 - 2 rho) / E, all others -k / E, E = k (k - 1) / 2 + k (m - k) pairs. The point moves
-    along the sum, by a line search in the authors' code. ``authors`` has m - 2 rho as the authors' code does: those do not sum to 0.
+    along the sum; the authors alternate this with a line search. ``authors`` has m - 2 rho as the
+    authors' code does: those do not sum to 0.
 
     Args:
         ranking: [k] indices of the ranked directions, best first.

@@ -269,6 +269,12 @@ def both_orders(pairs: Pairs) -> Pairs:
 
     SRPO's improver (arXiv:2406.01660) learns from both orders: 1 for the pair, 0 for its reverse.
 
+    Args:
+        pairs: of any rule; a pair without a label counts as labelled 1.
+
+    Returns:
+        Pairs, twice as many.
+
     Example:
         >>> one = Pairs(torch.tensor([0]), torch.tensor([2]), torch.tensor([1]))
         >>> both_orders(one)[1:]

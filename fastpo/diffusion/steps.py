@@ -156,6 +156,11 @@ def dance_step(sigma: Tensor | float, sigma_next: Tensor | float, eta: float = 0
     mu = x + v ds - eta^2 score ds / 2, score = -(x - (1 - sigma) x0) / sigma^2, x0 = x - sigma v,
     ds = sigma_next - sigma, s = eta sqrt(-ds).
 
+    Args:
+        sigma: of the state before the step, a number or [N], in (0, 1].
+        sigma_next: of the state after it, below ``sigma``.
+        eta: scale of the noise.
+
     Example:
         >>> round(dance_step(0.6, 0.5).std.item(), 6)
         0.094868

@@ -91,8 +91,8 @@ def rationale_rorpo(
         >>> round(rationale_rorpo(*sums, *counts, *extra).loss.item(), 4)
         1.565
 
-    Experimental: the authors' code was read in outline alone; the rationale term is by analogy
-    with their DPO form.
+    The rationale term is by analogy with the authors' DPO form: of this one their code was read in
+    outline alone.
     """
     check_not_negative("rationale_rorpo", "gamma", gamma)
     check_choice("rationale_rorpo", "reduction", reduction, REDUCTIONS)

@@ -232,8 +232,9 @@ def gepo(
     """Group equivalent preference optimisation: winners above losers, and winners alike.
 
     -log sigmoid(beta (mean_w q - mean_l q)) + variance_weight Var_w(q), q = policy - ref
-    (arXiv:2505.12723, section 3.2: the variance is of the log-ratios). One winner against one loser is DPO. OORL adds 0.01 times this loss to that
-    of REINFORCE++ with rewards of 0 and 1. Prompts without both kinds are left out of the mean.
+    (arXiv:2505.12723, section 3.2: the variance is of the log-ratios). One winner against one loser
+    is DPO. OORL adds 0.01 times this loss to that of REINFORCE++ with rewards of 0 and 1. Prompts
+    without both kinds are left out of the mean.
 
     Args:
         policy: [P, G] summed log-probs of the responses, nats, any float dtype.

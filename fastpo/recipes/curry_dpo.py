@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastpo.data.curricula import curry_stages
 from fastpo.recipes._recipe import recipe
 from fastpo.trainers.rounds import OuterLoop
+from fastpo.trainers.scoring import RoundError
 from fastpo.trainers.states import CURRENT
 
 
@@ -17,10 +18,15 @@ def curry_dpo(loop: OuterLoop, *, stages: int = 3, beta: float = 0.1) -> None:
     paper's responses come with its data; here they are the model's own.
 
     Options:
-        stages: number of pairs of a prompt, one fewer than ``samples`` at most.
+        stages: of training, each on one pair of every prompt; fewer than ``samples``.
         beta: of the loss.
     """
     for _ in loop.rounds(1):
         samples = loop.sample()
-        for pairs in curry_stages(loop.rewards(loop.score(samples)), stages):
+        found = curry_stages(loop.rewards(loop.score(samples)), stages)
+        counts = [pairs.num_pairs for pairs in found]
+        if not all(counts):
+            remedy = "Take more samples than stages; only scores that differ make a pair."
+            raise RoundError(f"stages: expected pairs in each, got {counts}. {remedy}")
+        for pairs in found:
             loop.train(samples.rows(pairs), "dpo", ref=CURRENT, beta=beta)

@@ -131,7 +131,7 @@ FLAT = torch.tensor([1.0, 0.0, 1.0, 0.0])
     [
         (
             lambda x: group_advantages(x, method="grppo"),
-            "group_advantages: method: expected one of bnpo, dgpo, .*rloo, got 'grppo'",
+            "group_advantages: method: expected one of bnpo, dgpo, .*rloo, .*got 'grppo'",
         ),
         (
             lambda x: group_advantages(x, method="rloo", epsilon=1.0),

@@ -123,7 +123,17 @@ def test_empty_groups_and_types(name, binary):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_rewards_have_exactly_no_advantage(name, value, dtype, device):
     rewards = torch.tensor([[1, 0, 1], [value] * 3, [0, 0, 1]], dtype=dtype, device=device)
-    if name in ("grpo", "dr_grpo", "rloo", "gpg", "dgpo", "opo", "gdpo", "mo_grpo", "weighted_sum_grpo"):
+    if name in (
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "gpg",
+        "dgpo",
+        "opo",
+        "gdpo",
+        "mo_grpo",
+        "weighted_sum_grpo",
+    ):
         rewards[1] += 0.1  # no sum of three of it is exact
     lengths = torch.tensor([[1, 2, 3]] * 3, device=device)
     got = method(name)(rewards, lengths=lengths)

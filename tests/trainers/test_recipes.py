@@ -19,6 +19,7 @@ from fastpo.trainers.rounds import OuterLoop, RoundError
 from fastpo.trainers.states import restore, snapshot
 
 OPTIONS = {
+    "curry_dpo": {"samples": 4, "max_new_tokens": 12, "stages": 2},
     "egpo": {"training": {"num_train_epochs": 2}},  # The first step of two is undone.
     "dno_prct": {"min_score": 0.0, "gap": 1.0, "teacher": "chosen"},
     "raft": {"fraction": 0.5},
@@ -135,6 +136,19 @@ def test_the_reference_is_the_state_that_the_method_names(start, streams, recipe
     assert (second["sums"]["initial"] != second["sums"]["current"]).all()
     for i, side in enumerate(("chosen", "rejected")):
         assert torch.equal(second["columns"][f"ref_{side}"], second["sums"][state][:, i])
+
+
+def test_each_stage_of_curry_dpo_has_the_model_of_the_last_as_reference(start, streams):
+    ranks = lambda prompts, responses: torch.arange(4.0).expand(len(prompts), 4)
+    start(recipes.curry_dpo, ranks, samples=4)
+    assert len(streams) == 3
+    for stage, seen in enumerate(streams):
+        initial, current = seen["sums"]["initial"], seen["sums"]["current"]
+        assert (initial != current).all() if stage else torch.equal(initial, current)
+        for i, side in enumerate(("chosen", "rejected")):
+            assert torch.equal(seen["columns"][f"ref_{side}"], current[:, i])
+    with pytest.raises(RoundError, match=r"stages: expected pairs in each, got \[4, 0, 0\]"):
+        start(recipes.curry_dpo, lambda *given: ranks(*given)[:, :2], output="two", samples=2)
 
 
 def test_history_shifts_by_a_round(start, streams, tmp_path):
