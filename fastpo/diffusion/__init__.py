@@ -16,6 +16,7 @@ from fastpo.diffusion.steps import (
     renoise_step,
     step_kl,
     step_log_probs,
+    wan_step,
 )
 from fastpo.diffusion.targets import Target
 
@@ -36,5 +37,6 @@ __all__ = [
     "step_kl",
     "step_log_probs",
     "targets",
+    "wan_step",
     "weights",
 ]

@@ -3,6 +3,11 @@
 A step draws x' ~ N(mu, s^2) with mu = a x + b prediction, every schedule below being linear in the
 sample x and the model's prediction. Coefficients are per sample, in float64, and constants: numbers
 of the schedule that require a gradient are refused.
+
+Numbers out of the range of their step are refused, and so are those of tensors on the CPU; tensors
+elsewhere are not read, which would wait for the device. A step of numbers that leave no noise is
+refused too: it has no density. Among those of a trajectory, in tensors, it is let through, and
+:func:`step_log_probs` and :func:`step_kl` mask it.
 """
 
 from __future__ import annotations
@@ -35,11 +40,21 @@ class Step(NamedTuple):
         sample_scale: a.
         prediction_scale: b.
         std: s; 0 for a deterministic step, which has no density.
+
+    Example:
+        >>> ddim_step(torch.tensor([0.5, 0.5]), torch.tensor([0.6, 1.0])).has_density()
+        tensor([ True, False])
     """
 
     sample_scale: Tensor
     prediction_scale: Tensor
     std: Tensor
+
+    def has_density(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Which steps have a finite density in a dtype; bool [N]. The others are masked."""
+        scale, factor, variance = self.sample_scale, self.prediction_scale, self.std.square()
+        finite = scale.to(dtype).isfinite() & factor.to(dtype).isfinite()
+        return finite & variance.to(dtype).isfinite() & (variance.to(dtype) > 0)
 
     def mean(self, prediction: Tensor, sample: Tensor) -> Tensor:
         """mu, in the wider of float32 and the inputs' dtype."""
@@ -60,6 +75,59 @@ def _doubles(function: str, **numbers: Tensor | float) -> list[Tensor]:
         for name, number in numbers.items()
     )
     return list(torch.broadcast_tensors(*placed_N))
+
+
+def _check_range(
+    function: str, argument: str, numbers: Tensor | float, low: Tensor | float,
+    high: Tensor | float, ends: str,
+) -> None:  # fmt: skip
+    """Numbers lie between two others, without the ends at round brackets; tensors always with them.
+
+    Raises:
+        ValueError: one does not, of those that can be read without waiting for a device.
+    """
+    given = (numbers, low, high)
+    elsewhere = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in given)
+    if elsewhere or torch.compiler.is_compiling():
+        return
+    # A tensor's steps without noise are masked where their density is asked.
+    ends = "[]" if isinstance(numbers, Tensor) else ends
+    numbers_N, low_N, high_N = torch.broadcast_tensors(
+        *(torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in given)
+    )
+    above = numbers_N >= low_N if ends[0] == "[" else numbers_N > low_N
+    below = numbers_N <= high_N if ends[1] == "]" else numbers_N < high_N
+    outside = ~(above & below & numbers_N.isfinite())
+    if outside.any():
+        got, least, most = (x[outside][0].item() for x in (numbers_N, low_N, high_N))
+        expected = f"a number in {ends[0]}{least:g}, {most:g}{ends[1]}"
+        remedy = "A step goes from more noise to less, and adds some."
+        raise fail(f"diffusion.{function}", argument, expected, repr(got), remedy)
+
+
+def _check_abar(
+    function: str, abar: Tensor | float, previous: Tensor | float, prediction_type: str
+) -> None:
+    """A step towards abar 1. At 0 there is no x0 to be had from a predicted epsilon."""
+    _check_range(
+        function, "alphas_cumprod", abar, 0.0, 1.0, "()" if prediction_type == "epsilon" else "[)"
+    )
+    _check_range(function, "alphas_cumprod_prev", previous, abar, 1.0, "()")
+
+
+def _check_noise(
+    function: str, argument: str, level: Tensor | float, most: float, *ends: Tensor | float
+) -> None:
+    """A level of noise; 0, for the steps of an ODE, between tensors alone."""
+    brackets = "[" if any(isinstance(end, Tensor) for end in ends) else "("
+    brackets += ")" if most == math.inf else "]"
+    _check_range(function, argument, level, 0.0, most, brackets)
+
+
+def _check_sigmas(function: str, sigma: Tensor | float, sigma_next: Tensor | float) -> None:
+    """A step towards sigma 0."""
+    _check_range(function, "sigma", sigma, 0.0, 1.0, "(]")
+    _check_range(function, "sigma_next", sigma_next, 0.0, sigma, "[)")
 
 
 def _clean_and_noise(
@@ -91,70 +159,134 @@ def ddim_step(
     x0 = (x - sqrt(1 - abar) epsilon) / sqrt(abar).
 
     Args:
-        alphas_cumprod: [N] or a number, abar at the sample, in (0, 1).
-        alphas_cumprod_prev: abar at the next state, nearer to 1.
-        eta: 1 for the stochastic step of DDPM, 0 for a deterministic one.
+        alphas_cumprod: [N] or a number, abar at the sample, in (0, 1), or 0 where the model
+            predicts no epsilon.
+        alphas_cumprod_prev: abar at the next state, in (alphas_cumprod, 1).
+        eta: 1 for the stochastic step of DDPM, in (0, 1]; 0, for a deterministic one, goes with
+            tensors.
         prediction_type: what the model predicts: epsilon, v = sqrt(abar) epsilon -
             sqrt(1 - abar) x0, or x0 (``sample``).
 
     Raises:
-        ValueError: ``prediction_type`` is none of these.
+        ValueError: ``prediction_type`` is none of these, or a number is out of its range.
 
     Example:
         >>> step = ddim_step(0.5, 0.6)
         >>> round(step.std.item(), 6)
         0.365148
     """
+    _check_abar("ddim_step", alphas_cumprod, alphas_cumprod_prev, prediction_type)
+    _check_noise("ddim_step", "eta", eta, 1.0, alphas_cumprod, alphas_cumprod_prev)
     a, p, eta_N = _doubles(
         "ddim_step", alphas_cumprod=alphas_cumprod, alphas_cumprod_prev=alphas_cumprod_prev, eta=eta
     )
     (x0_x, x0_m), (eps_x, eps_m) = _clean_and_noise("ddim_step", a, prediction_type)
     variance = eta_N.square() * (1 - p) / (1 - a) * (1 - a / p)
-    noise_scale = (1 - p - variance).clamp(min=0).sqrt()  # of epsilon in mu
+    # What epsilon gives to mu of the noise of p: none at abar 0 and eta 1, and less is no step.
+    rest_N = torch.where(eta_N > 1, math.nan, (1 - p - variance).clamp(min=0))
+    noise_scale = rest_N.sqrt()
     sample_scale = p.sqrt() * x0_x + noise_scale * eps_x
     return Step(sample_scale, p.sqrt() * x0_m + noise_scale * eps_m, variance.sqrt())
+
+
+def _sde_step(sigma_N: Tensor, next_N: Tensor, spread_N: Tensor) -> Step:
+    """An Euler step of a flow's SDE whose noise has this spread per root of time."""
+    dt = next_N - sigma_N
+    drift = spread_N.square() / (2 * sigma_N) * dt
+    return Step(1 + drift, dt + drift * (1 - sigma_N), spread_N * (-dt).sqrt())
 
 
 def flow_step(
     sigma: Tensor | float,
     sigma_next: Tensor | float,
-    noise_level: float = 0.7,
+    noise_level: Tensor | float = 0.7,
     sigma_max: Tensor | float | None = None,
 ) -> Step:
     """A step of Flow-GRPO's SDE from sigma to sigma_next < sigma (arXiv:2505.05470 eq. 9).
 
-    With dt = sigma_next - sigma and t = noise_level sqrt(sigma / (1 - sigma)):
+    With dt = sigma_next - sigma and t = noise_level sqrt(sigma / (1 - min(sigma, sigma_max))):
     mu = x (1 + t^2 dt / (2 sigma)) + v (1 + t^2 (1 - sigma) / (2 sigma)) dt, s = t sqrt(-dt).
+    The ports to video have another spread, :func:`wan_step`.
 
     Args:
         sigma: [N] or a number, in (0, 1].
-        sigma_next: of the next state.
-        noise_level: a.
-        sigma_max: what takes the place of sigma = 1 under the root; the code has the schedule's
-            second sigma. Needed where sigma is 1.
+        sigma_next: of the next state, in [0, sigma).
+        noise_level: a > 0.
+        sigma_max: in (0, 1), where sigma is held under the root; the code has the schedule's second
+            sigma. By default a sigma of 1, or UniPC's 1 - 1e-6, is held at its sigma_next, which is
+            that one.
+
+    Raises:
+        ValueError: a number is out of its range.
 
     Example:
         >>> step = flow_step(0.6, 0.5)
         >>> round((step.std / 0.1**0.5).item(), 6)
         0.857321
+        >>> round(flow_step(0.999999, 0.98).std.item(), 2)
+        0.7
     """
-    sigma_N, next_N = _doubles("flow_step", sigma=sigma, sigma_next=sigma_next)
-    held = sigma_N
-    if sigma_max is not None:
-        max_N, _ = _doubles("flow_step", sigma_max=sigma_max, sigma=sigma_N)
-        held = torch.where(sigma_N == 1, max_N, sigma_N)
-    spread = noise_level * (sigma_N / (1 - held)).sqrt()
-    dt = next_N - sigma_N
-    sample_scale = 1 + spread.square() / (2 * sigma_N) * dt
-    prediction_scale = (1 + spread.square() * (1 - sigma_N) / (2 * sigma_N)) * dt
-    return Step(sample_scale, prediction_scale, spread * (-dt).sqrt())
+    _check_sigmas("flow_step", sigma, sigma_next)
+    _check_noise("flow_step", "noise_level", noise_level, math.inf, sigma, sigma_next)
+    sigma_N, next_N, level_N = _doubles(
+        "flow_step", sigma=sigma, sigma_next=sigma_next, noise_level=noise_level
+    )
+    if sigma_max is None:
+        held_N = torch.where(sigma_N > 1 - 1e-5, next_N, sigma_N)
+    else:
+        _check_range("flow_step", "sigma_max", sigma_max, 0.0, 1.0, "()")
+        held_N = torch.minimum(*_doubles("flow_step", sigma_max=sigma_max, sigma=sigma_N))
+    return _sde_step(sigma_N, next_N, level_N * (sigma_N / (1 - held_N)).sqrt())
 
 
-def dance_step(sigma: Tensor | float, sigma_next: Tensor | float, eta: float = 0.3) -> Step:
+def wan_step(
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    sigma_max: Tensor | float = 1.0,
+    sigma_min: Tensor | float = 0.0,
+) -> Step:
+    """A step of the SDE in Flow-GRPO's ports to Wan, from sigma to sigma_next < sigma.
+
+    :func:`flow_step` with t = sigma_min + (sigma_max - sigma_min) sigma, which has no pole at 1.
+
+    Args:
+        sigma: [N] or a number, in (0, 1].
+        sigma_next: of the next state, in [0, sigma).
+        sigma_max: in (sigma_min, 1]; the first ports have the schedule's second sigma, later ones
+            its first.
+        sigma_min: the schedule's last sigma, in [0, 1).
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> round(wan_step(0.999999, 0.98, sigma_max=0.98).std.item(), 6)
+        0.138589
+    """
+    _check_sigmas("wan_step", sigma, sigma_next)
+    _check_range("wan_step", "sigma_min", sigma_min, 0.0, 1.0, "[)")
+    _check_range("wan_step", "sigma_max", sigma_max, sigma_min, 1.0, "(]")
+    sigma_N, next_N, max_N, min_N = _doubles(
+        "wan_step", sigma=sigma, sigma_next=sigma_next, sigma_max=sigma_max, sigma_min=sigma_min
+    )
+    return _sde_step(sigma_N, next_N, min_N + (max_N - min_N) * sigma_N)
+
+
+def dance_step(
+    sigma: Tensor | float, sigma_next: Tensor | float, eta: Tensor | float = 0.3
+) -> Step:
     """A step of DanceGRPO's SDE from sigma to sigma_next < sigma (arXiv:2505.07818, its code).
 
     mu = x + v ds - eta^2 score ds / 2, score = -(x - (1 - sigma) x0) / sigma^2, x0 = x - sigma v,
-    ds = sigma_next - sigma, s = eta sqrt(-ds).
+    ds = sigma_next - sigma, s = eta sqrt(-ds): :func:`flow_step` with the spread eta.
+
+    Args:
+        sigma: [N] or a number, in (0, 1].
+        sigma_next: of the next state, in [0, sigma).
+        eta: > 0.
+
+    Raises:
+        ValueError: a number is out of its range.
 
     Args:
         sigma: of the state before the step, a number or [N], in (0, 1].
@@ -165,10 +297,9 @@ def dance_step(sigma: Tensor | float, sigma_next: Tensor | float, eta: float = 0
         >>> round(dance_step(0.6, 0.5).std.item(), 6)
         0.094868
     """
-    sigma_N, next_N = _doubles("dance_step", sigma=sigma, sigma_next=sigma_next)
-    ds = next_N - sigma_N
-    drift = eta**2 * ds / (2 * sigma_N)  # score = -(x + (1 - sigma) v) / sigma
-    return Step(1 + drift, ds + drift * (1 - sigma_N), eta * (-ds).sqrt())
+    _check_sigmas("dance_step", sigma, sigma_next)
+    _check_noise("dance_step", "eta", eta, math.inf, sigma, sigma_next)
+    return _sde_step(*_doubles("dance_step", sigma=sigma, sigma_next=sigma_next, eta=eta))
 
 
 def renoise_step(
@@ -180,15 +311,33 @@ def renoise_step(
 
     mu = sqrt(abar_prev) x0, s = sqrt(1 - abar_prev); of PSO (arXiv:2410.03190).
 
+    Arguments and errors are those of :func:`ddim_step`.
+
     Example:
         >>> round(renoise_step(0.5, 0.6).std.item(), 6)
         0.632456
     """
+    _check_abar("renoise_step", alphas_cumprod, alphas_cumprod_prev, prediction_type)
     a, p = _doubles(
         "renoise_step", alphas_cumprod=alphas_cumprod, alphas_cumprod_prev=alphas_cumprod_prev
     )
     (x0_x, x0_m), _ = _clean_and_noise("renoise_step", a, prediction_type)
     return Step(p.sqrt() * x0_x, p.sqrt() * x0_m, (1 - p).sqrt())
+
+
+def _checked_step(
+    name: str, step: Step, prediction: Tensor, acc: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, b and s as acc [N], and which steps have a density; those without get 0, 0 and 1."""
+    given = Step(
+        *(
+            per_sample(name, f"step.{field}", numbers, prediction, acc)
+            for field, numbers in step._asdict().items()
+        )
+    )
+    has_N = given.has_density(acc)
+    kept = (torch.where(has_N, x, other) for x, other in zip(given, (0, 0, 1), strict=True))
+    return *kept, has_N
 
 
 def _guided(
@@ -233,7 +382,8 @@ def step_log_probs(
         reduction: ``mean`` or ``sum`` over elements.
 
     Returns:
-        [N], or [N, K]; float32, or float64 if a tensor is. A deterministic step gives NaN or inf.
+        [N], or [N, K]; float32, or float64 if a tensor is. Samples whose step has no finite
+        density, see :meth:`Step.has_density`, are masked: 0, and no gradient.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit, or a constant has requires_grad.
@@ -256,10 +406,7 @@ def step_log_probs(
     )
     check_reduction(name, reduction)
     acc = op.accumulation_of(prediction, unconditional, sample, states)
-    sample_N, scale_N, std_N = (
-        per_sample(name, f"step.{field}", numbers, prediction, acc)
-        for field, numbers in step._asdict().items()
-    )
+    sample_N, scale_N, std_N, has_N = _checked_step(name, step, prediction, acc)
     scale_N, second_N = _guided(name, unconditional, guidance_scale, scale_N, acc)
     sums_NK, _ = op.noise_errors(
         residuals(
@@ -279,6 +426,7 @@ def step_log_probs(
         logprobs_NK = logprobs_NK / elements - log_scale_N1
     else:
         logprobs_NK = logprobs_NK - elements * log_scale_N1
+    logprobs_NK = torch.where(has_N[:, None], logprobs_NK, 0)
     return logprobs_NK[:, 0] if single else logprobs_NK
 
 
@@ -321,8 +469,7 @@ def step_kl(
         raise fail(name, "reference_unconditional", "one for each prediction", got, remedy)
     check_reduction(name, reduction)
     acc = op.accumulation_of(prediction, reference, unconditional, reference_unconditional)
-    scale_N = per_sample(name, "step.prediction_scale", step.prediction_scale, prediction, acc)
-    std_N = per_sample(name, "step.std", step.std, prediction, acc)
+    _, scale_N, std_N, _ = _checked_step(name, step, prediction, acc)
     scale_N, second_N = _guided(name, unconditional, guidance_scale, scale_N / std_N, acc)
     if reference_unconditional is not None:
         reference_unconditional = reference_unconditional.detach()

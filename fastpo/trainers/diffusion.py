@@ -21,7 +21,7 @@ from fastpo.trainers.checkpoints import checkpoints, resume_point
 from fastpo.trainers.config import ConfigError, keep_for_resume
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_data import PairOrder, PairRows, conditions
-from fastpo.trainers.diffusion_errors import Batch, PairErrors, pair_metrics
+from fastpo.trainers.diffusion_errors import Batch, PairErrors, check_finite, pair_metrics
 from fastpo.trainers.diffusion_log import RunLog
 from fastpo.trainers.diffusion_setup import (
     add_lora,
@@ -79,6 +79,8 @@ class DiffusionDPOTrainer:
         for rows in filter(None, (self.pairs, self.eval_pairs)):
             self.loss.check(rows[0].keys(), config.reference)
             adapter.check(conditions(rows[0], self.loss.inputs).keys())
+            for shape in dict.fromkeys(rows.shapes):
+                adapter.check_sample(shape)
         self.checkpoint = resume_point(
             self.output, config.resume, config.resume_from, checkpoint_problem
         )
@@ -95,7 +97,13 @@ class DiffusionDPOTrainer:
         self.ema = EMAModel(self.trainable, config.ema_decay) if config.ema_decay else None
         self.reference = make_reference(self.denoiser, config, self.loss, self.ema)
         ranks = self.accelerator.process_index, self.accelerator.num_processes
-        self.order = PairOrder(len(self.pairs), config.batch_size, config.seed, *ranks)
+        self.order = PairOrder(self.pairs.shapes, config.batch_size, config.seed, *ranks)
+        if self.order.left_out:
+            line = f"pairs: each pass leaves out {self.order.left_out} of {len(self.pairs)}"
+            never = f", {self.order.never} always: no batch is of their shape"
+            self.accelerator.print(
+                f"{line}, which fill no batch{never if self.order.never else ''}"
+            )
         self.steps = config.max_steps
         if self.steps <= 0:
             self.steps = math.ceil(config.epochs * self.order.batches / config.accumulation)
@@ -120,10 +128,15 @@ class DiffusionDPOTrainer:
             rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
             torch.manual_seed(config.seed + micro * ranks + rank)
             with self.accelerator.accumulate(self.model):
-                found.append(self.errors.backward(self.pairs, batch, draw))
-                if self.accelerator.sync_gradients and config.max_grad_norm:
-                    norm = self.accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
-                    found[-1]["grad_norm"] = norm.detach()
+                metrics, errors = self.errors.backward(self.pairs, batch, draw)
+                found.append(metrics)
+                check_finite(metrics["loss"], errors, batch["index"], self.step)
+                if self.accelerator.sync_gradients:
+                    most = config.max_grad_norm or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.trainable, most).detach()
+                    found[-1]["grad_norm"] = norm
+                    if self.accelerator.scaler is None:  # that one leaves such a step out itself
+                        check_finite(norm, errors, batch["index"], self.step)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
@@ -143,12 +156,14 @@ class DiffusionDPOTrainer:
         self.denoiser.eval()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         own = list(range(rank, len(self.eval_pairs), ranks))
-        size, found = self.config.batch_size, []
-        parts = [own[i : i + size] for i in range(0, len(own), size)]
+        found = []
+        parts = self.eval_pairs.of_one_shape(own, self.config.batch_size)
         for batch in self.errors.batches(self.eval_pairs, parts):
             given = self.errors.given(self.eval_pairs, batch, 0)
             # Unwrapped: ranks may have other numbers of batches, and a wrapper sends buffers.
-            given |= self.errors.errors(self.denoiser, self.errors.inputs(batch, 0))
+            errors = self.errors.errors(self.denoiser, self.errors.inputs(batch, 0))
+            check_finite(sum(errors.values()).sum(), errors, batch["index"], self.step, "held-out ")
+            given |= errors
             columns = [values.tolist() for values in given.values()]
             found += [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
         set_mode(self.denoiser)

@@ -35,6 +35,14 @@ class DiffusionDPOConfig:
     resolution: int | None = option(
         None, "Pixels of a side; that of the pipeline if not given.", COUNT
     )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Sizes as height,width;height,width in place of one square: each pair goes to that of the "
+        "nearest shape, and a batch holds one.",
+    )
+    random_crop: bool = option(
+        False, "Crop at a random place, drawn once for each pair; else the centre."
+    )
     guidance: float | None = option(
         None, "Told to models distilled for guidance (Flux dev).", NOT_NEGATIVE
     )

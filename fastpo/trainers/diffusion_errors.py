@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,42 @@ def pair_metrics(given: dict[str, Tensor], out: LossOutput) -> dict[str, Tensor]
         "rewards/accuracies": chosen_B > rejected_B,
     }
     return {n: v.detach().float().mean() for n, v in (values | errors | out.metrics).items()}
+
+
+class NonFiniteError(RuntimeError):
+    """A number of a run is NaN or infinite; the message names the pairs."""
+
+
+def check_finite(
+    number: Tensor, errors: dict[str, Tensor], index: Tensor, step: int, kind: str = ""
+) -> None:
+    """Stop before a number that is not finite gets into the weights.
+
+    Args:
+        number: 0-d, the loss or the norm of the gradient.
+        errors: [B] each, of the batch it is of.
+        index: [B] of the rows of the batch.
+        step: of the optimiser, for the message.
+        kind: of the pairs, for the message.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    if number.isfinite():
+        return
+    places = index.tolist()
+    for name, values in errors.items():
+        wrong = [
+            i for i, value in zip(places, values.tolist(), strict=True) if abs(value) < math.inf
+        ]
+        wrong = [i for i in places if i not in wrong]
+        if wrong:
+            what = f"{name} of the {kind}pairs {', '.join(map(str, wrong))}"
+            break
+    else:
+        what = f"the gradient of the loss of the {kind}pairs {', '.join(map(str, places))}"
+    remedy = "The checkpoint before is the last good one. Try bf16 or float32, or a lower rate."
+    raise NonFiniteError(f"step {step + 1}: {what}: expected finite, got NaN or infinity. {remedy}")
 
 
 class PairErrors:
@@ -136,19 +173,25 @@ class PairErrors:
             given |= zip(REFERENCE, self._place(errors).unbind(1), strict=True)
         return given
 
-    def backward(self, rows: PairRows, batch: Batch, draw: int) -> dict[str, Tensor]:
-        """Add the gradient of a batch; its metrics."""
+    def backward(
+        self, rows: PairRows, batch: Batch, draw: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradient of a batch; its metrics and its errors [B]."""
         given = self.given(rows, batch, draw)
         if self.config.one_at_a_time:
             return self._backward_in_turn(batch, draw, given)
         given |= self.errors(self.model, self.inputs(batch, draw))
         out = self.loss(given)
         self.accelerator.backward(out.loss)
-        return pair_metrics(given, out)
+        return pair_metrics(given, out), self._errors_of(given)
+
+    @staticmethod
+    def _errors_of(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: given[name].detach() for name in (*POLICY, *REFERENCE) if name in given}
 
     def _backward_in_turn(
         self, batch: Batch, draw: int, given: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         sides = [self.inputs(batch, draw, (side,)) for side in SIDES]
         if self.reference is not None:
             found = [noise_errors(self._reference_prediction(x), x.target) for x in sides]
@@ -169,7 +212,8 @@ class PairErrors:
             loss_of,
             no_sync=partial(self.accelerator.no_sync, self.model),
         )
-        return pair_metrics(given | found, self.loss(given | found))
+        given |= found
+        return pair_metrics(given, self.loss(given)), self._errors_of(given)
 
     def keep_reference_errors(self, rows: PairRows, path: Path, draws: int) -> None:
         """Errors of the denoiser as it is now, without its LoRA, kept in a file for its rows."""
@@ -178,11 +222,15 @@ class PairErrors:
 
         @torch.no_grad()
         def compute(indices: Tensor) -> Tensor:
-            batch = next(self.batches(rows, [indices.tolist()]))
-            with initial.using() if initial else contextlib.nullcontext(denoiser) as model:
-                inputs = [self.inputs(batch, draw) for draw in range(draws)]
-                found = [noise_errors(self.predict(model, x), x.target) for x in inputs]
-            return torch.stack([torch.stack(errors.chunk(2), 1) for errors in found], 1)
+            parts = rows.of_one_shape(indices.tolist(), len(indices))
+            found = {}
+            for part, batch in zip(parts, self.batches(rows, parts), strict=True):
+                with initial.using() if initial else contextlib.nullcontext(denoiser) as model:
+                    inputs = [self.inputs(batch, draw) for draw in range(draws)]
+                    errors = [noise_errors(self.predict(model, x), x.target) for x in inputs]
+                both = torch.stack([torch.stack(one.chunk(2), 1) for one in errors], 1)
+                found |= zip(part, both, strict=True)
+            return torch.stack([found[index] for index in indices.tolist()])
 
         scheduler = self.schedule.scheduler
         options = {n: v for n, v in sorted(scheduler.config.items()) if not n.startswith("_")}

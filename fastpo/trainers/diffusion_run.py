@@ -12,14 +12,15 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from fastpo.data.records import split_by_prompt
-from fastpo.integrations.diffusers import Adapter, Schedule
+from fastpo.integrations.diffusers import Schedule
 from fastpo.trainers.checkpoints import resume_point
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion import DiffusionDPOTrainer
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_data import Encoder, denoiser_of, read_pairs
+from fastpo.trainers.diffusion_images import parse_buckets
 from fastpo.trainers.diffusion_samples import sample_grid
-from fastpo.trainers.diffusion_setup import loss_of
+from fastpo.trainers.diffusion_setup import POLICY, REFERENCE, loss_of
 
 
 def _load_pipeline(config: DiffusionDPOConfig) -> Any:
@@ -40,13 +41,20 @@ def _load_pipeline(config: DiffusionDPOConfig) -> Any:
     return pipeline.to(PartialState(cpu=config.cpu).device)
 
 
+def _say(line: str) -> None:
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
 def _split(
     rows: list[dict[str, Any]], config: DiffusionDPOConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to train on and held-out ones, of other prompts."""
     if config.eval_data:
-        return rows, read_pairs(config.eval_data)
-    places = {"prompt": [row.get("prompt", "") for row in rows], "place": list(range(len(rows)))}
+        inputs = loss_of(config).inputs - {*POLICY, *REFERENCE}
+        return rows, read_pairs(config.eval_data, loss_inputs=inputs, say=_say)
+    prompts = [row.get("prompt", row.get("chosen_prompt", "")) for row in rows]
+    places = {"prompt": prompts, "place": list(range(len(rows)))}
     kept, held = split_by_prompt(Dataset.from_dict(places), config.eval_share, config.seed)
     return [rows[i] for i in kept["place"]], [rows[i] for i in held["place"]] if held else []
 
@@ -69,13 +77,23 @@ def train_diffusion_dpo(config: DiffusionDPOConfig) -> dict[str, Any]:
     """Run ``fastpo train diffusion-dpo``; returns what it writes to ``results.json``."""
     pipeline = _load_pipeline(config)
     name, denoiser = denoiser_of(pipeline)
-    encoder = Encoder(pipeline, config.resolution, config.guidance)
-    rows, held = _split(read_pairs(config.data, config.limit), config)
     # What does not fit shows before all images are encoded; the trainer looks again, and closer.
-    loss_of(config), Adapter(denoiser), Schedule(pipeline.scheduler)
+    inputs = loss_of(config).inputs - {*POLICY, *REFERENCE}
+    Schedule(pipeline.scheduler)
     resume_point(config.output, config.resume, config.resume_from, lambda checkpoint: "")
+    buckets = parse_buckets(config.aspect_ratio_buckets) if config.aspect_ratio_buckets else ()
+    encoder = Encoder(
+        pipeline,
+        config.resolution,
+        config.guidance,
+        buckets=buckets,
+        crop_seed=config.seed if config.random_crop else None,
+    )
+    read = read_pairs(config.data, config.limit, inputs, _say)
+    rows, held = _split(read, config)
     tensors = encoder(rows, config.progress)
     held_tensors = encoder(held, config.progress) if held else None
+    _say(encoder.images.report())
     trainer = DiffusionDPOTrainer(denoiser, pipeline.scheduler, tensors, config, held_tensors)
     shown = (held or rows)[: config.sample_count]
     picture = sample_grid(pipeline, encoder, shown, config.sample_steps, config.seed)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from fastpo import diffusion
 from fastpo.diffusion import (
     Step,
     dance_step,
@@ -16,6 +19,7 @@ from fastpo.diffusion import (
     renoise_step,
     step_kl,
     step_log_probs,
+    wan_step,
 )
 
 
@@ -30,6 +34,7 @@ STEPS = {
     "ddim": lambda *ends: ddim_step(*ends, eta=0.8),
     "renoise": renoise_step,
     "flow": lambda *ends: flow_step(*(1 - torch.stack(ends)), sigma_max=0.95),
+    "wan": lambda *ends: wan_step(*(1 - torch.stack(ends)), sigma_max=0.95),
     "dance": lambda *ends: dance_step(*(1 - torch.stack(ends))),
 }
 
@@ -101,26 +106,161 @@ def test_limits_of_steps():
     clean, noise = torch.randn(2, 1, 5, dtype=torch.float64)
     x = 0.5**0.5 * (clean + noise)
     # Without noise, the next state of the same x0 and epsilon.
-    step = ddim_step(0.5, 0.6, eta=0.0)
+    step = ddim_step(0.5, 0.6, eta=doubles(0.0))
     assert step.std == 0
     torch.testing.assert_close(step.mean(noise, x), 0.6**0.5 * clean + 0.4**0.5 * noise)
     # To the end, x0; from pure noise too, where v is predicted.
-    assert ddim_step(0.5, 1.0).std == 0
-    torch.testing.assert_close(ddim_step(0.5, 1.0).mean(noise, x), clean)
+    last = ddim_step(0.5, doubles(1.0))
+    assert last.std == 0
+    torch.testing.assert_close(last.mean(noise, x), clean)
     step = ddim_step(0.0, 0.1, prediction_type="v_prediction")
     torch.testing.assert_close(step.mean(-clean, noise), 0.1**0.5 * clean)
     # The velocity alone, as an ODE steps.
-    assert flow_step(0.6, 0.5, noise_level=0.0) == dance_step(0.6, 0.5, eta=0.0)
-    assert flow_step(0.6, 0.5, noise_level=0.0)[0] == 1
-    check_vector(flow_step(0.6, 0.5, noise_level=0.0)[1], -0.1)
+    none = doubles(0.0)
+    assert flow_step(0.6, 0.5, noise_level=none) == dance_step(0.6, 0.5, eta=none)
+    assert flow_step(0.6, 0.5, noise_level=none)[0] == 1
+    check_vector(flow_step(0.6, 0.5, noise_level=none)[1], [-0.1])
 
 
 def test_flow_step_from_pure_noise():
-    """sigma 1 takes sigma_max under the root, and others do not."""
+    """sigma 1, or UniPC's 1 - 1e-6, takes the second sigma under the root, and others do not."""
     step = flow_step(doubles(1.0, 0.9), doubles(0.9, 0.8), sigma_max=0.9)
     check_vector(step.std, [0.7 * (1 / 0.1 * 0.1) ** 0.5, 0.7 * (0.9 / 0.1 * 0.1) ** 0.5])
-    assert flow_step(1.0, 0.9).std.isinf()
     assert torch.equal(step.std[1], flow_step(0.9, 0.8).std)
+    second = 0.982989  # 91.3 is 0.7 sqrt(1e6 (1 - 0.982989))
+    for sigma in (1.0, 0.999999):
+        std = 0.7 * sigma**0.5 * ((sigma - second) / (1 - second)) ** 0.5
+        check_vector(flow_step(sigma, second, sigma_max=second).std, std)
+        check_vector(flow_step(sigma, second).std, std)
+    assert std == pytest.approx(0.70, abs=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_steps_of_schedulers_for_flows(solver):
+    """Every step of a schedule of Wan's, against the lines of the repositories."""
+    diffusers = pytest.importorskip("diffusers")
+    if solver == "unipc":
+        scheduler = diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        )
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(20)
+    sigmas = scheduler.sigmas.double()
+    second, last = sigmas[1], sigmas[-1]
+    held = torch.where(sigmas[:-1] > 0.99999, second, sigmas[:-1])  # Flow-GRPO: sigma == 1
+    spreads = {
+        flow_step: 0.7 * (sigmas[:-1] / (1 - held)).sqrt(),
+        wan_step: last + (second - last) * sigmas[:-1],
+    }
+    x, velocity = torch.randn(2, 20, 5, dtype=torch.float64)
+    for make, spread in spreads.items():
+        options = {"sigma_min": last} if make is wan_step else {}
+        step = make(sigmas[:-1], sigmas[1:], sigma_max=second, **options)
+        sigma, dt, spread = (t[:, None] for t in (sigmas[:-1], sigmas.diff(), spread))
+        drift = x * (1 + spread**2 / (2 * sigma) * dt)
+        mean = drift + velocity * (1 + spread**2 * (1 - sigma) / (2 * sigma)) * dt
+        torch.testing.assert_close(step.mean(velocity, x), mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(step.std, (spread * (-dt).sqrt())[:, 0], rtol=1e-12, atol=0)
+        assert step.std.max() < 1
+
+
+# Every builder, with a number of each argument inside its range.
+INSIDE = {
+    "alphas_cumprod": 0.5, "alphas_cumprod_prev": 0.6, "eta": 0.5, "sigma": 0.6, "sigma_next": 0.5,
+    "noise_level": 0.7, "sigma_max": 0.95, "sigma_min": 0.01,
+}  # fmt: skip
+BUILDERS = [
+    function
+    for name in diffusion.__all__
+    if inspect.isfunction(function := getattr(diffusion, name))
+    and inspect.signature(function).return_annotation in (Step, "Step")
+]
+ENDS = {"alphas_cumprod": "alphas_cumprod_prev", "sigma": "sigma_next"}
+
+
+def arguments_of(make):
+    return [name for name in inspect.signature(make).parameters if name in INSIDE]
+
+
+def test_all_builders_are_walked():
+    assert {ddim_step, renoise_step, flow_step, wan_step, dance_step} <= set(BUILDERS)
+    for make in BUILDERS:
+        unknown = set(inspect.signature(make).parameters) - INSIDE.keys()
+        assert unknown <= {"prediction_type"}
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [pytest.param(m, a, id=f"{m.__name__}-{a}") for m in BUILDERS for a in arguments_of(m)],
+)
+def test_numbers_out_of_range_are_refused(make, argument):
+    """Python numbers, and tensors where reading them waits for nothing; NaN is in no range."""
+    inside = {name: INSIDE[name] for name in arguments_of(make)}
+    assert make(**inside).has_density().all()
+    outside = [-0.1, math.nan, math.inf]
+    if argument not in ("noise_level", "eta"):
+        outside.append(1.1)
+    if argument not in ("sigma_next", "sigma_min"):
+        outside.append(0.0)
+    if argument in ENDS:  # the order of the two, and no step at all
+        outside += [
+            INSIDE[ENDS[argument]],
+            INSIDE[ENDS[argument]] + (0.1, -0.1)["sigma" in argument],
+        ]
+    match = rf"^fastpo\.diffusion\.{make.__name__}: \w+: expected a number in .*, got "
+    for number in outside:
+        with pytest.raises(ValueError, match=match):
+            make(**inside | {argument: number})
+    for number in outside[:3]:
+        with pytest.raises(ValueError, match=match):
+            make(**inside | {argument: doubles(INSIDE[argument], number)})
+
+
+@pytest.mark.parametrize("make", BUILDERS)
+@pytest.mark.parametrize("K", [None, 2])
+def test_steps_without_a_density_are_masked(make, K):
+    """In a batch they give 0 and no gradient, and change nothing of the others."""
+    inside = {name: INSIDE[name] for name in arguments_of(make)}
+    start = "sigma" if "sigma" in inside else "alphas_cumprod"
+    shape = (3, 4) if K is None else (3, K, 4)
+    prediction, x = torch.randn(2, 3, 4, dtype=torch.float64)
+    x_next, prediction = torch.randn(shape, dtype=torch.float64), prediction.requires_grad_()
+    bad = {
+        "no way to go": {ENDS[start]: INSIDE[start]},
+        "from the end": {start: 0.0, ENDS[start]: 0.0} if start == "sigma" else {start: 0.0},
+        "to the end": {ENDS[start]: 1.0} if start != "sigma" else {},
+        "no noise": {name: 0.0 for name in ("eta", "noise_level") if name in inside},
+    }
+    for changes in filter(None, bad.values()):
+        given = {n: doubles(v, changes.get(n, v), v) for n, v in inside.items()}
+        step = make(**given)
+        has = step.has_density(torch.float64)
+        alone = make(**inside)
+        if has.all():  # this builder's noise does not end there
+            continue
+        assert has.tolist() == [True, False, True]
+        got = step_log_probs(step, prediction, x, x_next)
+        kl = step_kl(step, prediction, x)
+        for values, truth in (
+            (got, step_log_probs(alone, prediction, x, x_next)),
+            (kl, step_kl(alone, prediction, x)),
+        ):
+            assert not values[1].any()
+            assert torch.equal(values[::2], truth[::2])
+            grad, expected = (
+                torch.autograd.grad(v.sum(), prediction, retain_graph=True)[0]
+                for v in (values, truth[::2])
+            )
+            assert not grad[1].any()
+            assert torch.equal(grad[::2], expected[::2])
+
+
+def test_other_devices_are_not_read():
+    """A tensor elsewhere is not waited for: what it holds shows in the density alone."""
+    step = flow_step(torch.full((2,), 0.4, device="meta"), 0.5)
+    assert ddim_step(doubles(0.5), 0.6, eta=0.0).std == 0  # an ODE's step, for its mean
+    assert step.std.device.type == "meta"
 
 
 def random_step(name, N, device):
@@ -283,11 +423,6 @@ def test_empty():
     assert not prediction.grad.any()
 
 
-def test_no_density_without_noise():
-    """Not finite, and never a number one could take for a log-prob."""
-    assert not step_log_probs(ddim_step(0.5, 0.6, eta=0.0), PREDICTION, X, X_NEXT).isfinite()
-
-
 @pytest.mark.parametrize(
     ("make", "argument", "others"),
     [
@@ -296,6 +431,8 @@ def test_no_density_without_noise():
         (renoise_step, "alphas_cumprod_prev", {"alphas_cumprod": 0.5}),
         (flow_step, "sigma", {"sigma_next": 0.4}),
         (flow_step, "sigma_max", {"sigma": 1.0, "sigma_next": 0.4}),
+        (flow_step, "noise_level", {"sigma": 1.0, "sigma_next": 0.4}),
+        (wan_step, "sigma_min", {"sigma": 1.0, "sigma_next": 0.4}),
         (dance_step, "sigma_next", {"sigma": 0.6}),
     ],
 )
@@ -326,7 +463,7 @@ def test_no_gradient_is_promised_to_schedules(make, argument, others):
             "guidance_scale: expected a constant",
         ),
         (
-            {"step": flow_step(0.6, 0.5, noise_level=doubles(0.7).requires_grad_())},
+            {"step": flow_step(0.6, 0.5)._replace(sample_scale=doubles(0.7).requires_grad_())},
             "step.sample_scale: expected a constant",
         ),
         ({"reduction": "none"}, "reduction: expected mean or sum, got 'none'. Pick one of them"),
@@ -348,7 +485,7 @@ def test_bad_log_probs(changes, match):
         ),
         ({"reference_unconditional": X}, "Guide both predictions, or neither"),
         ({"guidance_scale": 2.0}, "unconditional: expected the prediction to guide away from"),
-        ({"step": Step(*doubles([1, 1], [1, 1], [1, 1]))}, "step.prediction_scale: expected [1]"),
+        ({"step": Step(*doubles([1, 1], [1, 1], [1, 1]))}, "step.sample_scale: expected [1]"),
         ({"reduction": "none"}, "reduction: expected mean or sum, got 'none'"),
     ],
 )
