@@ -288,11 +288,6 @@ def dance_step(
     Raises:
         ValueError: a number is out of its range.
 
-    Args:
-        sigma: of the state before the step, a number or [N], in (0, 1].
-        sigma_next: of the state after it, below ``sigma``.
-        eta: scale of the noise.
-
     Example:
         >>> round(dance_step(0.6, 0.5).std.item(), 6)
         0.094868

@@ -27,7 +27,11 @@ class DiffusionDPOConfig:
     """
 
     model: str = option("", "Folder or hub name of a diffusers pipeline.")
-    data: str = option("", "JSONL(.gz) file: chosen, rejected (image files), prompt, class_label.")
+    data: str = option(
+        "",
+        "JSONL(.gz) file: chosen, rejected (image files); prompt, class_label, time_ids of both, or "
+        "chosen_prompt, rejected_prompt and so on; numbers that the loss takes.",
+    )
     output: str = _shared("output")
     eval_data: str | None = _shared("eval_data")
     eval_share: float = option(0.05, "Share of data held out, if there is no eval_data.", SHARE)
