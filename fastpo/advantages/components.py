@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastpo.advantages._common import weighted_whiten
 from fastpo.advantages._groups import Singleton
 from fastpo.advantages.relative import grpo
 from fastpo.groups import Groups, group_affine, group_stats
+from fastpo.inputs import When
 from fastpo.tiles import accumulation_dtype
 
 _GDPO_EPS = {"trl": 1e-4, "nvlabs": 1e-4, "verl": 1e-6}
@@ -157,7 +158,7 @@ def gdpo(
     *,
     reward_weights: Tensor | Sequence[float] | None = None,
     convention: Literal["trl", "nvlabs", "verl"] = "trl",
-    lengths: Tensor | None = None,
+    lengths: Annotated[Tensor | None, When(convention="verl")] = None,
     eps: float | None = None,
 ) -> Tensor:
     """GDPO advantages: each reward normalised in its group, then their sum over the batch.

@@ -20,6 +20,7 @@ from fastpo.advantages.rloo import rloo
 from fastpo.advantages.whitened import reinforce_pp_baseline
 from fastpo.distributed import gather_rows
 from fastpo.groups import Groups
+from fastpo.inputs import inputs_of
 
 if TYPE_CHECKING:
     from fastpo.distributed import ProcessGroup
@@ -35,10 +36,9 @@ _PARAMETERS = {
     name: {k: p.default for k, p in list(inspect.signature(function).parameters.items())[2:]}
     for name, function in METHODS.items()
 }
-# Arguments with one value per row.
-_ROW_OPTIONS = (
-    "kl", "lengths", "difficulty_rewards", "rank_tokens", "trajectories", "anchors", "step_returns",
-)  # fmt: skip
+# Arguments with one value per row, and the components' weights, which ranks share.
+_TENSORS = {name for function in METHODS.values() for name in inputs_of(function)}
+_ROW_OPTIONS = sorted(_TENSORS - {"rewards", "groups", "reward_weights"})
 
 
 def _check_options(method: str, options: dict[str, Any]) -> None:

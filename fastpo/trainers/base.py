@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -78,6 +79,7 @@ class StatisticTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogBeforeSave())
         self._recent: list[tuple[int, Tensor, Tensor]] = []
+        # Per metric the sum and the number of its values.
         self._sums: dict[str, Tensor] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +112,23 @@ class StatisticTrainer(Trainer):
         """Note a training batch: its rows, its loss and its mean metrics (0-d each)."""
         self._recent.append((self.state.global_step + 1, inputs["row"], loss.detach()))
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self.record_metric(name, value)
+
+    def record_metric(self, name: str, value: Tensor) -> None:
+        """Note a metric of a training batch, 0-d."""
+        pair = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+        self._sums[name] = self._sums.get(name, 0) + pair
+
+    def sum_over_ranks(self, *numbers: float | Tensor) -> Tensor:
+        """[n] sums over the ranks.
+
+        Every collective of the trainers goes through here: what a rank has, such as an empty list's
+        sum, decides neither the type nor the shape that it sends.
+        """
+        device = self.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        vector = torch.stack([torch.as_tensor(x).detach().to(device, dtype) for x in numbers])
+        return self.accelerator.reduce(vector, reduction="sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of the metrics since the last log, over batches and ranks.
@@ -120,10 +138,13 @@ class StatisticTrainer(Trainer):
         """
         if "loss" in logs:
             self._check_finite(logs)
-            if self._sums:
-                means = torch.stack(list(self._sums.values())).float() / len(self._recent)
-                values = self.accelerator.reduce(means, reduction="mean").tolist()
-                logs |= dict(zip(self._sums, values, strict=True))
+            # Ranks may have other metrics, or no batch at all.
+            names = sorted(set(gather_object(list(self._sums))))
+            pairs = (self._sums.get(name, (0.0, 0.0)) for name in names)
+            if names:
+                totals = self.sum_over_ranks(*(x for pair in pairs for x in pair)).tolist()
+                means = (total / count for total, count in zip(*[iter(totals)] * 2, strict=True))
+                logs |= dict(zip(names, means, strict=True))
             self._recent, self._sums = [], {}
         super().log(logs, start_time)
 

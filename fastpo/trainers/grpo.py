@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from fastpo import advantages, surrogates
 from fastpo.data.tokens import IGNORED
+from fastpo.inputs import inputs_of
+from fastpo.sequences import sequence_sums
 from fastpo.trainers.base import StatisticTrainer
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.dpo import statistic
@@ -25,6 +27,8 @@ from fastpo.trainers.sampling import seed_of
 BEHAVIOURS = ("policy", "initial")
 # Totals of a batch, which say nothing when averaged with those of other batches.
 _TOTALS = ("loss", "policy_loss", "tokens", "entropy_tokens")
+# What is known of every completion, by the names of the advantages' inputs.
+_KNOWN = {"lengths", "difficulty_rewards", "kl"}
 # Metrics of the ratio of policy to old policy, which is 1 where these are the same.
 _OF_RATIO = ("ratio/", "clip_ratio/", "approx_kl")
 
@@ -50,8 +54,12 @@ class GRPOTrainer(StatisticTrainer):
         pad_id: padding token.
         loss: a method of ``fastpo.surrogates.policy_loss``.
         loss_options: further arguments of it, such as ``beta`` and ``clip_high``.
-        advantage: a method of ``fastpo.group_advantages``.
-        advantage_options: further arguments of it.
+        advantage: a method of ``fastpo.group_advantages``. It is given what is known of every
+            completion, by its arguments' names: ``lengths`` (tokens that the loss counts),
+            ``difficulty_rewards`` (of the first reward function), ``kl`` (summed log-ratio of the
+            policy to the reference), ``reward_weights``.
+        advantage_options: further arguments of it. ``beta`` of a method that takes ``kl``, such as
+            rloo, weighs the KL in the reward; 0 leaves it out, and the reference with it.
         reference: ``adapter`` (the model with its adapter disabled) or ``copy`` (a frozen copy of
             the model as it is now), made only if needed. None is ``adapter`` for a PeftModel.
         behaviour: who wrote the completions, whose log-probs are the old ones: ``policy``, the
@@ -101,6 +109,8 @@ class GRPOTrainer(StatisticTrainer):
         self.forward_rows, self.temperature = forward_rows, temperature
         self.has_kl = bool(self.loss_options.get("beta"))
         self.has_entropy = bool(self.loss_options.get("entropy_coef"))
+        self.collate = GroupCollator(pad_id, mask_truncated, filter_groups)
+        self.advantage_inputs = self._advantage_inputs()
         self._check_options()
         args.average_tokens_across_devices = True
         kwargs |= {"train_dataset": range(len(rollout)), "data_collator": torch.tensor}
@@ -109,7 +119,6 @@ class GRPOTrainer(StatisticTrainer):
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = True
         self.add_callback(WholeGenerations(self.period))
-        self.collate = GroupCollator(pad_id, mask_truncated, filter_groups)
         self.ref_model = self._reference(reference)
         self._generation: list[Batch] = []
 
@@ -128,15 +137,24 @@ class GRPOTrainer(StatisticTrainer):
         if self.behaviour not in BEHAVIOURS:
             expected = ", ".join(BEHAVIOURS)
             raise ConfigError(f"behaviour: expected one of {expected}, got {self.behaviour!r}.")
+        known = _KNOWN & self.advantage_options.keys()
+        if known:
+            name = min(known)
+            raise ConfigError(
+                f"advantage_options: {name} is known of each completion; leave it out."
+            )
         # Tried on two tokens: unknown names and what is missing show here, not after sampling.
         tokens_BT = torch.zeros(2, 1)
         entropy = tokens_BT if self.has_entropy else None
         given = {"ref_logprobs": tokens_BT} if self.has_kl else {}
         try:
+            size = max(getattr(self.rollout, "samples", 64), 2)
+            ends = self.advantage_options.get("reward_range", (0.0, 1.0))
+            rewards = [float(ends[k % 2]) for k in range(size)]
             weights = self.advantage_options.get("reward_weights") or [1.0]
-            parts = [[reward] * len(weights) for reward in (0.0, 1.0)]
-            group = Group(0, [0], [[0], [0]], [0.0, 1.0], parts, [False, False])
-            advantages_N = torch.cat(self._advantages([group], None))
+            parts = [[reward] * len(weights) for reward in rewards]
+            group = Group(0, [0], [[0]] * size, rewards, parts, [False] * size)
+            advantages_N = torch.cat(self._advantages([group], [0.0] * size, None))[:2]
             surrogates.policy_loss(
                 tokens_BT, advantages_N, old_logprobs=tokens_BT, sampler_logprobs=tokens_BT,
                 entropy=entropy, **given, **self.loss_options,
@@ -152,7 +170,8 @@ class GRPOTrainer(StatisticTrainer):
             raise ConfigError(f"reference: expected adapter or copy, got {reference!r}.")
         if reference == "adapter" and not has_adapter:
             raise ConfigError("reference: 'adapter' needs a LoRA; set lora_r, or use copy.")
-        if reference == "adapter" or not (self.has_kl or self.behaviour == "initial"):
+        is_used = self.has_kl or self.behaviour == "initial" or "kl" in self.advantage_inputs
+        if reference == "adapter" or not is_used:
             return None
         frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
         return self.accelerator.prepare_model(frozen, evaluation_mode=True)
@@ -181,8 +200,7 @@ class GRPOTrainer(StatisticTrainer):
         rows = sum(b["kept"] for b in batches)
         # Means over sequences skip those without tokens only if the aggregation says so.
         filled = sum((b["labels"] != IGNORED).any(1).sum() for b in batches)
-        counts = self.accelerator.gather(torch.stack([torch.tensor(rows, device=device), filled]))
-        all_rows, all_filled = counts.view(-1, 2).sum(0)
+        all_rows, all_filled = self.sum_over_ranks(rows, filled).long()
         for batch in batches:
             batch |= {"rows": rows, "all_rows": all_rows, "all_filled": all_filled}
         return batches, self._get_num_items_in_batch(batches, device)
@@ -194,7 +212,9 @@ class GRPOTrainer(StatisticTrainer):
         groups = iter(self._roll_out(self.rollout, every, seed))
         parts = [[next(groups) for _ in index] for index in indices]
         ranks = torch.distributed.group.WORLD if self.args.world_size > 1 else None
-        per_group = iter(self._advantages([group for part in parts for group in part], ranks))
+        flat = [group for part in parts for group in part]
+        kl = self._kl(flat) if "kl" in self.advantage_inputs else []
+        per_group = iter(self._advantages(flat, kl, ranks))
         batches = []
         for part in parts:
             batch = self.collate(part, [next(per_group) for _ in part])
@@ -204,34 +224,52 @@ class GRPOTrainer(StatisticTrainer):
     def _roll_out(self, rollout: Rollout, index: list[int], seed: int) -> list[Group]:
         """Groups of a rollout, which fails on all ranks if it does on one: none is left waiting."""
         groups, failure = [], None
+        if hasattr(rollout, "trainer_state"):
+            rollout.trainer_state = self.state
         try:
             groups = rollout(self.model, index, seed) if index else groups
         except Exception as error:
             failure = error
-        failures = torch.tensor(float(failure is not None), device=self.args.device)
-        failures = self.accelerator.reduce(failures, reduction="sum")
+        failures = self.sum_over_ranks(failure is not None)
         if failure is not None:
             raise failure
         if failures > 0:
             raise RewardError("rollout: failed on another rank, whose message says why.")
         return groups
 
-    def _advantages(self, groups: list[Group], ranks: Any) -> list[Tensor]:
-        """Advantages [K] of each group; methods that look at the whole batch see all ranks'."""
+    def _advantage_inputs(self) -> set[str]:
+        """Names of the advantage's inputs that are known here and that it reads."""
         method = advantages.METHODS.get(self.advantage_options["method"])
-        takes = inspect.signature(method).parameters if method else ()
-        takes_parts, options = "reward_weights" in takes, dict(self.advantage_options)
-        rewards = [group.components if takes_parts else group.rewards for group in groups]
+        if method is None:
+            return set()  # It is refused by that name.
+        options, inputs = self.advantage_options, inputs_of(method)
+        if "reward_weights" in inputs and hasattr(self.rollout, "rewards"):
+            options.setdefault("reward_weights", self.rollout.rewards.weights)
+        read = {name for name in _KNOWN & inputs.keys() if inputs[name].is_read(options)}
+        if "kl" in read:
+            # What the reference wrote has none.
+            beta = options.get("beta", inspect.signature(method).parameters["beta"].default)
+            read -= {"kl"} if self.behaviour == "initial" or not beta else set()
+        return read
+
+    def _advantages(self, groups: list[Group], kl: list[float], ranks: Any) -> list[Tensor]:
+        """Advantages [K] of each group; methods that look at the whole batch see all ranks'.
+
+        ``kl`` is of each completion, of :meth:`_kl`.
+        """
         device = self.args.device if ranks else None
-        tensor = lambda values: torch.tensor(values, device=device)
-        needs_lengths = "lengths" in takes and (
-            takes["lengths"].default is inspect.Parameter.empty
-            or options.get("convention") == "verl"
-        )
-        if needs_lengths:
-            options["lengths"] = tensor([float(len(ids)) for group in groups for ids in group.ids])
+        tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
+        known = {
+            "lengths": lambda: [n for group in groups for n in self.collate.lengths(group)],
+            "difficulty_rewards": lambda: [parts[0] for g in groups for parts in g.components],
+            "kl": lambda: kl,
+        }
+        options = self.advantage_options | {n: tensor(known[n]()) for n in self.advantage_inputs}
+        method = advantages.METHODS.get(options["method"])
+        takes_parts = method is not None and "reward_weights" in inputs_of(method)
+        rewards = [group.components if takes_parts else group.rewards for group in groups]
         sizes = [len(group.ids) for group in groups]
-        first = self.args.process_index * len(groups) if ranks else 0
+        first = self.args.process_index * len(self.rollout) if ranks else 0
         ids_N = torch.repeat_interleave(
             torch.arange(first, first + len(groups)), torch.tensor(sizes)
         )
@@ -244,23 +282,40 @@ class GRPOTrainer(StatisticTrainer):
         return advantages_N.cpu().split(sizes)
 
     @torch.no_grad()
+    def _kl(self, groups: list[Group]) -> list[float]:
+        """Summed log-ratio of the policy to the reference, of each completion that it wrote."""
+        collate, sums = GroupCollator(self.collate.pad_id), []
+        for group in groups:
+            batch = self._prepare_inputs(collate([group], [torch.zeros(len(group.ids))]))
+            log_ratio_BT = self._policy_logprobs(batch) - self._reference_logprobs(batch)
+            mask_BT = shift_labels(batch["labels"]) != IGNORED
+            sums += sequence_sums(log_ratio_BT, mask=mask_BT).tolist()
+        return sums
+
+    def _policy_logprobs(self, batch: Batch) -> Tensor:
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        logprobs_BT = self._logprobs(self.model_wrapped, batch)
+        self.model_wrapped.train(was_training)
+        return logprobs_BT
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        if self.ref_model is not None:
+            return self._logprobs(self.ref_model, batch)
+        with self.initial_model(self.model_wrapped):
+            return self._logprobs(self.model_wrapped, batch)
+
+    @torch.no_grad()
     def _with_constants(self, batch: Batch) -> Batch:
         """The batch with log-probs of the old policy and of the reference, where needed."""
         is_initial = self.behaviour == "initial"
         if self.has_kl or is_initial:
-            if self.ref_model is None:
-                with self.initial_model(self.model_wrapped):
-                    logprobs_BT = self._logprobs(self.model_wrapped, batch)
-            else:
-                logprobs_BT = self._logprobs(self.ref_model, batch)
+            logprobs_BT = self._reference_logprobs(batch)
             batch |= {"ref_logprobs": logprobs_BT} if self.has_kl else {}
             batch |= {"old_logprobs": logprobs_BT} if is_initial else {}
         # In the only step on a generation the policy is the old one.
         if not is_initial and self.period > 1:
-            was_training = self.model_wrapped.training
-            self.model_wrapped.eval()
-            batch["old_logprobs"] = self._logprobs(self.model_wrapped, batch)
-            self.model_wrapped.train(was_training)
+            batch["old_logprobs"] = self._policy_logprobs(batch)
         return batch
 
     def _logprobs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -329,8 +384,7 @@ class GRPOTrainer(StatisticTrainer):
         index = list(range(rank, len(self.eval_rollout), ranks))
         groups = self._roll_out(self.eval_rollout, index, self.args.seed)
         rewards = [r for g in groups for r in g.rewards if not math.isnan(r)]
-        totals = torch.tensor([sum(rewards), len(rewards)], device=self.args.device)
-        total, count = self.accelerator.reduce(totals, reduction="sum").tolist()
+        total, count = self.sum_over_ranks(sum(rewards), len(rewards)).tolist()
         metrics = {f"{metric_key_prefix}_rewards/mean": total / max(count, 1)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

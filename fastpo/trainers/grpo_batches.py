@@ -108,6 +108,13 @@ class GroupCollator:
             batch["sampler_logprobs"] = _placed(sampled, batch["labels"], rows)
         return batch | {"kept": 0 if is_empty else len(rows), "metrics": _group_metrics(groups)}
 
+    def lengths(self, group: Group) -> list[float]:
+        """Tokens of each completion of a group that count in the loss; 0 of those left out."""
+        if self.filter_groups and group.has_equal_rewards:
+            return [0.0] * len(group.ids)
+        cut = [self.mask_truncated and was_cut for was_cut in group.truncated]
+        return [0.0 if c else float(len(ids)) for c, ids in zip(cut, group.ids, strict=True)]
+
 
 def _placed(logprobs: list[list[float]], labels_BT: Tensor, rows: list[dict[str, Any]]) -> Tensor:
     """Log-probs of completions where the policy has them: at the token before; NaN elsewhere."""

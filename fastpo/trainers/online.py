@@ -70,7 +70,7 @@ class OnlineTrainer(DPOTrainer):
         loss = super().compute_loss(model, batch, return_outputs)
         if model.training and "chosen_scores" in batch:
             score = (batch["chosen_scores"] + batch["rejected_scores"]).mean() / 2
-            self._sums["score"] = self._sums.get("score", 0) + score
+            self.record_metric("score", score)
         return loss
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import os
 import time
@@ -24,7 +23,6 @@ from transformers import (
     set_seed,
 )
 
-from fastpo.advantages import METHODS
 from fastpo.data.records import COMPLETION_FIELDS, PAIR_FIELDS, load_rows, split_by_prompt
 from fastpo.data.tokens import CompletionCollator, PairCollator, tokenize_rows
 from fastpo.trainers import reference
@@ -267,13 +265,8 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
     if config.sampler == "vllm":
         own |= {"correction": "truncate", "sampler_max": 2.0}
     loss_options = {name: value for name, value in own.items() if value is not None}
-    advantage_options = dict(config.advantage_options)
 
     def build(model, tokenizer, args, train, held):
-        method = METHODS.get(config.advantage)
-        takes_parts = method and "reward_weights" in inspect.signature(method).parameters
-        if takes_parts and not is_given:
-            advantage_options.setdefault("reward_weights", train.rewards.weights)
         return GRPOTrainer(
             model,
             args,
@@ -283,7 +276,7 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
             loss=config.loss,
             loss_options=loss_options | config.loss_options,
             advantage=config.advantage,
-            advantage_options=advantage_options,
+            advantage_options=config.advantage_options,
             reference=None if config.reference == "auto" else config.reference,
             behaviour="initial" if is_given else "policy",
             steps_per_generation=config.steps_per_generation,
