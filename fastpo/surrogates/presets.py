@@ -23,16 +23,18 @@ class Preset(NamedTuple):
         aggregation: of sequences to a loss; ``fastpo.surrogates.AGGREGATIONS`` lists them.
         source: paper and code it was read in.
         needs: optional tensors of ``policy_loss`` that it makes no sense without.
+        equals: the preset that it is where each sequence has one advantage; empty if none.
     """
 
     settings: Surrogate
     aggregation: str
     source: str
     needs: tuple[str, ...] = ()
+    equals: str = ""
 
 
-def _preset(aggregation: str, source: str, *needs: str, **settings) -> Preset:
-    return Preset(Surrogate(**settings), aggregation, source, needs)
+def _preset(aggregation: str, source: str, *needs: str, equals: str = "", **settings) -> Preset:
+    return Preset(Surrogate(**settings), aggregation, source, needs, equals)
 
 
 PRESETS: dict[str, Preset] = {
@@ -56,6 +58,7 @@ PRESETS: dict[str, Preset] = {
     "gspo_token": _preset(
         "sequence_mean",
         "arXiv:2507.18071; TRL 1.10 experimental gspo_token, verl gspo",
+        equals="gspo",
         level="sequence_token",
         clip_low=3e-4,
         clip_high=4e-4,
