@@ -4,7 +4,7 @@ import doctest
 import inspect
 
 import pytest
-from method_arguments import ARGUMENTS
+from method_arguments import ARGUMENTS, kind
 
 from fastpo import inputs, losses, methods
 from fastpo.inputs import inputs_of
@@ -37,15 +37,15 @@ LOSSES = [
 
 
 def arguments_of(name):
-    """Inputs and options of a loss as the catalogue calls it, or by its own names if it is not."""
+    """An example of each input of a loss, and the options that the catalogue calls it with."""
     parameters = inspect.signature(getattr(losses, name)).parameters
-    entries = (e for row in methods.rows() for e in row.entry_points if e.name == f"losses.{name}")
-    entry = next(entries, None)
-    if entry is None:
-        return {p: ARGUMENTS[p]() for p in parameters if p in ARGUMENTS}
-    named = zip(parameters, entry.arguments, strict=False)
-    given = {parameter: ARGUMENTS[name]() for parameter, name in (*named, *entry.named.items())}
-    return given | entry.options
+    entries = [e for row in methods.rows() for e in row.entry_points if e.name == f"losses.{name}"]
+    given = {name: name for name, p in parameters.items() if p.default is p.empty}
+    for entry in entries[:1]:
+        given = {name: name for name in entry.arguments} | entry.named
+    kinds = {p: kind(f"losses.{name}", p, one) for p, one in given.items()}
+    examples = {p: ARGUMENTS[one]() for p, one in kinds.items() if one in ARGUMENTS}
+    return examples | (entries[0].options if entries else {})
 
 
 @pytest.mark.parametrize("name", LOSSES)

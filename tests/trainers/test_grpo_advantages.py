@@ -1,5 +1,6 @@
 """Every advantage by name gets each of its inputs that the trainer knows, or is refused by name."""
 
+import contextlib
 import inspect
 from types import SimpleNamespace
 
@@ -150,6 +151,36 @@ def test_the_kl_of_rloo_is_taken_off_the_rewards(options):
     assert without.ref_model is None
     (batch,) = without._generate([[0, 1, 2]])
     torch.testing.assert_close(batch["advantages"], advantages.rloo(rewards, 2))
+
+
+# GRPO of the sum, which it takes from the parts: the trainer gives GRPO that sum.
+EQUAL = {("weighted_sum_grpo", "grpo")}
+
+
+def test_no_advantage_by_name_is_another_one(options):
+    """On one batch, with the defaults of each."""
+    found, model = {}, run.load_model(configs.build(configs.GRPOConfig, options))
+    for name in advantages.METHODS:
+        groups = rollout()
+        for g in groups.groups:  # In [0, 1].
+            g.rewards = [reward / 4 for reward in g.rewards]
+            g.components = [[first / 4, second / 4] for first, second in g.components]
+        groups.groups[2].components[1] = [0.0, 0.0]
+        groups.groups[2].rewards[1] = 0.0
+        if name == "passk_analytic":
+            for g, parts in zip(groups.groups, COMPONENTS, strict=True):
+                g.rewards = [first for first, _ in parts]
+        more = {"model": model, "advantage_options": dict(REQUIRED.get(name, {}))}
+        with contextlib.suppress(ConfigError):  # Of what is unknown, above.
+            subject = trainer(options, groups, advantage=name, **more)
+            found[name] = subject._generate([[0, 1, 2]])[0]["advantages"]
+    same = {
+        (one, other)
+        for one in found
+        for other in found
+        if one > other and torch.allclose(found[one], found[other], rtol=1e-6)
+    }
+    assert same == EQUAL
 
 
 @pytest.mark.parametrize("name", ["lengths", "kl", "difficulty_rewards"])
