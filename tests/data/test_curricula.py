@@ -55,8 +55,8 @@ def test_curry_by_rank():
 
 
 def test_curry_stages_of_four_responses_are_the_papers():
-    """(R1, R4), (R1, R3), (R1, R2) of every prompt."""
-    scores = torch.stack([torch.randperm(4) for _ in range(5)]).double()
+    """(R1, R4), (R1, R3), (R1, R2) of every prompt, however large its gaps are beside others'."""
+    scores = torch.rand(5, 4, dtype=torch.float64) * torch.arange(1, 6)[:, None]
     ranked = scores.argsort(1, descending=True).tolist()
     for place, stage in zip((3, 2, 1), curry_stages(scores), strict=True):
         want = [(b, order[0], order[place]) for b, order in enumerate(ranked)]
