@@ -243,11 +243,11 @@ def describe(row: Method) -> str:
         "status": f"{row.status}: {STATUSES[row.status]}",
         "note": row.note,
     }
-    comment = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
+    wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
     lines = [f"# {row.key}: {row.title} ({row.year})"]
     for name, text in facts.items():
         if text:
-            lines += comment(text, initial_indent=f"# {name:8}", subsequent_indent="#" + 9 * " ")
+            lines += wrap(text, initial_indent=f"# {name:8}", subsequent_indent="#" + 9 * " ")
     if not row.entry_points:
         return "\n".join(lines)
     inputs = {}
@@ -255,5 +255,8 @@ def describe(row: Method) -> str:
         inputs |= {name: text for name, text in entry.inputs().items() if name not in inputs}
     lines += ["#", "# You supply:"] if inputs else []
     for name, text in inputs.items():
-        lines += comment(f"{name}: {text}", initial_indent="#   ", subsequent_indent="#     ")
-    return "\n".join([*lines, "", "import fastpo", "", *map(str, row.entry_points)])
+        lines += wrap(f"{name}: {text}", initial_indent="#   ", subsequent_indent="#     ")
+    lines += ["", "import fastpo", ""]
+    for entry in row.entry_points:
+        lines += wrap(str(entry), subsequent_indent="    ")
+    return "\n".join(lines)

@@ -10,7 +10,6 @@ import torch
 from fastpo import diffusion
 from fastpo.data.pairs import Pairs
 from fastpo.data.trees import Tree
-from fastpo.groups import Groups
 
 B, K, T, H = 3, 4, 5, 8  # pairs or prompts, responses of each, tokens, hidden size
 N = B * K  # responses in one row
@@ -158,7 +157,6 @@ ARGUMENTS = {
     **dict.fromkeys(("row_correct", "row_constructed"), lambda: torch.arange(N) % 2 == 0),
     "tool_calls": _integers(4, N),
     **dict.fromkeys(("row_trajectories", "row_anchors", "steps"), lambda: torch.arange(N) // 2),
-    "trajectories": lambda: Groups.of_size(2, N),
     **dict.fromkeys(("token_old_logprobs", "token_weights", "token_entropy"), _probabilities(B, T)),
     "token_old_values": _normal(B, T),
     "sample_groups": lambda: torch.tensor([0, 0, 1]),
