@@ -247,8 +247,8 @@ def asft(
         policy_rejected: [B] the same of the rejected responses.
         chosen_counts: [B] tokens of the chosen responses.
         rejected_counts: [B] tokens of the rejected responses.
-        beta: the paper's lambda, weight of the alignment terms, >= 0; 1 is the best of its 0.1, 0.2,
-            0.5 and 1.
+        beta: the paper's lambda, weight of the alignment terms, >= 0; 1 is the best of its 0.1,
+            0.2, 0.5 and 1.
         reduction: ``mean`` over pairs, ``sum`` or ``none``.
 
     Result and errors are those of :func:`simpo`; the rewards are beta m.
