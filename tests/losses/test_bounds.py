@@ -3,7 +3,7 @@
 import pytest
 import torch
 from loss_rows import collect
-from method_arguments import ARGUMENTS
+from method_arguments import ARGUMENTS, kind
 
 from fastpo import diffusion, losses, methods
 from fastpo.bounds import hold
@@ -82,7 +82,8 @@ def test_the_walk_finds_a_clamp():
 @pytest.mark.parametrize("name", CALLS)
 def test_no_method_takes_a_gradient_of_clamp(name):
     entry = CALLS[name]
-    inputs = [ARGUMENTS[argument]() for argument in (*entry.arguments, *entry.named.values())]
+    given = [*zip(entry.arguments, entry.arguments, strict=True), *entry.named.items()]
+    inputs = [ARGUMENTS[kind(entry.name, *names)]() for names in given]
     for i, given in enumerate(inputs):
         if not (isinstance(given, torch.Tensor) and given.is_floating_point()):
             continue
