@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from grpo_parts import make_groups, write_groups
 from safetensors.torch import load_file
 from tiny_rows import make_pairs, write_jsonl
@@ -233,3 +234,28 @@ def test_given_groups_keep_their_rows(offline, model_folder):
     assert [len(group.ids) for group in groups.groups] == [3, 2, 4, 3, 2, 4, 3, 2]
     assert groups(None, [2], 0)[0].rewards == rows[2]["rewards"]
     assert not any(cut for group in groups.groups for cut in group.truncated)
+
+
+def test_a_rank_sends_the_same_kind_of_numbers_whatever_it_has(online, monkeypatch):
+    """Of one held-out prompt a second rank has none."""
+    config = configs.build(configs.GRPOConfig, online)
+    tokenizer = run.load_tokenizer(config.model)
+    rollout, _ = run.load_rollouts(config, tokenizer)
+    rollout.rows, rollout.prompt_ids = rollout.rows[:1], rollout.prompt_ids[:1]
+    sent = {}
+
+    def reduce(self, tensor, reduction):
+        sent.setdefault(self.process_index, []).append((tensor.dtype, tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    trainer = GRPOTrainer(
+        run.load_model(config), run.training_arguments(config), rollout=rollout, pad_id=0,
+        eval_rollout=rollout,
+    )  # fmt: skip
+    for rank in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", property(lambda self, rank=rank: rank))
+        trainer.evaluate()
+    assert sent[0] == sent[1]
+    assert len(sent[0]) == 2  # Whether it failed, and the rewards.

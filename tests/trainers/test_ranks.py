@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import subprocess
 import sys
@@ -81,3 +83,91 @@ def test_two_ranks_sample_and_train_as_one(model_folder, tmp_path):
     got, want = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+UNEVEN = """
+import json, os, sys
+from pathlib import Path
+import torch
+from grpo_parts import make_groups
+from tiny_rows import make_pairs, write_jsonl
+from fastpo import losses
+from fastpo.data.records import PAIR_FIELDS, load_rows
+from fastpo.data.tokens import PairCollator, tokenize_rows
+from fastpo.trainers import config as configs, run
+from fastpo.trainers.dpo import DPOTrainer
+
+model, folder = sys.argv[1], Path(sys.argv[2])
+rank = int(os.environ["RANK"])
+base = {
+    "model": model, "max_length": 64, "tensorboard": False, "save_steps": 100, "logging_steps": 1,
+    "batch_size": 1, "warmup_steps": 0, "trainer": {"use_cpu": True, "disable_tqdm": True},
+}
+prompts = [{"prompt": pair["prompt"]} for pair in make_pairs(5)]
+found = run.train_grpo(configs.build(
+    configs.GRPOConfig, base,
+    {
+        "data": write_jsonl(folder / f"{rank}-train.jsonl", prompts[:4]), "max_steps": 2,
+        "eval_data": write_jsonl(folder / f"{rank}-held.jsonl", prompts[4:]),
+        "output": str(folder / "grpo"), "reward": "grpo_parts:vowels", "samples": 2,
+        "max_new_tokens": 4, "advantage": "dgpo",
+    },
+))
+rewards = [found[when]["eval_rewards/mean"] for when in ("before", "after")]
+# Of given groups every second one teaches nothing: a rank may have no completion that counts.
+rows = make_groups(4)
+for row in rows[::2]:
+    row["rewards"] = [1.0] * 3
+run.train_grpo(configs.build(
+    configs.GRPOConfig, base,
+    {
+        "data": write_jsonl(folder / f"{rank}-groups.jsonl", rows), "output": str(folder / "given"),
+        "eval_share": 0.0, "filter_groups": True, "max_steps": 2,
+    },
+))
+
+def loss(policy_chosen: torch.Tensor, policy_rejected: torch.Tensor):
+    out = losses.dpo(policy_chosen, policy_rejected, policy_rejected, policy_chosen)
+    return out._replace(metrics={f"of_rank_{rank}": torch.tensor(2.0 + rank)})
+
+tokenizer = run.load_tokenizer(model)
+pairs = write_jsonl(folder / f"{rank}-pairs.jsonl", make_pairs(4))
+rows, _ = tokenize_rows(load_rows(pairs, PAIR_FIELDS), PAIR_FIELDS, tokenizer, 64)
+config = configs.build(
+    configs.DPOConfig, base, {"data": pairs, "output": str(folder / "dpo"), "max_steps": 2}
+)
+trainer = DPOTrainer(
+    run.load_model(config), run.training_arguments(config), loss=loss,
+    data_collator=PairCollator(tokenizer.pad_token_id), train_dataset=rows.select(range(3)),
+    eval_dataset=rows.select([3]),
+)
+trainer.train()
+logged = [log for log in trainer.state.log_history if "loss" in log]
+held = trainer.evaluate()["eval_rewards/margins"]
+metrics = [[log["of_rank_0"], log["of_rank_1"]] for log in logged]
+told = {"rewards": rewards, "metrics": metrics, "held": held}
+(folder / f"rank{rank}.json").write_text(json.dumps(told))
+run.leave_ranks()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_may_have_less_than_others(model_folder, tmp_path):
+    """One held-out prompt or pair, batches without a token that counts, metrics of one rank."""
+    script = tmp_path / "uneven.py"
+    script.write_text(UNEVEN)
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    start = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    done = subprocess.run(
+        [sys.executable, *start, script, model_folder, tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert all(reward > 0 for reward in one["rewards"])
+    assert one["metrics"] == [[2.0, 3.0]] * 2
+    assert math.isfinite(one["held"])
