@@ -29,8 +29,8 @@ class DiffusionDPOConfig:
     model: str = option("", "Folder or hub name of a diffusers pipeline.")
     data: str = option(
         "",
-        "JSONL(.gz) file: chosen, rejected (image files); prompt, class_label, time_ids of both, or "
-        "chosen_prompt, rejected_prompt and so on; numbers that the loss takes.",
+        "JSONL(.gz) file: chosen, rejected (image files); prompt, class_label, time_ids, or "
+        "chosen_prompt and rejected_prompt and so on; numbers that the loss takes.",
     )
     output: str = _shared("output")
     eval_data: str | None = _shared("eval_data")
