@@ -1,4 +1,4 @@
-"""Denoisers of diffusers: how each family is called, and what its scheduler fits it to.
+"""Denoisers of diffusers: how each family is called, what its scheduler fits it to, its VAE.
 
     adapter = Adapter(unet)
     schedule = Schedule(pipeline.scheduler)
@@ -419,3 +419,27 @@ class Schedule:
         size = signal * fit_noise - scale * fit_clean
         clean = (fit_noise * noisy - scale * prediction) / size
         return clean, (signal * prediction - fit_clean * noisy) / size
+
+
+def encode_latents(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    """Latents [N, C, H, W] of a VAE, those of the mean where it gives a posterior."""
+    out = vae.encode(pixels)
+    if hasattr(out, "latent_dist"):
+        return out.latent_dist.mode()
+    return out.latents if hasattr(out, "latents") else out.latent
+
+
+def latent_scales(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Shift and scale [C, 1, 1] or [1, 1, 1] with which a denoiser sees (latents - shift) * scale.
+
+    ``latents_mean`` and ``latents_std`` of each channel, ``shift_factor`` and ``scaling_factor`` of
+    all, those that the VAE has, as the pipelines of diffusers take them.
+    """
+    config = vae.config
+
+    def numbers(name: str, default: float) -> Tensor:
+        value = config.get(name)
+        return torch.tensor(default if value is None else value).reshape(-1, 1, 1)
+
+    shift = numbers("latents_mean", 0.0) + numbers("shift_factor", 0.0)
+    return shift, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fastpo.data.errors import DataError
 from fastpo.data.records import read_jsonl
-from fastpo.integrations.diffusers import Adapter
+from fastpo.integrations.diffusers import Adapter, encode_latents, latent_scales
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion_images import Frame, ImageReader, frame_of, image_size
 
@@ -360,7 +360,7 @@ class Encoder:
         name, got = type(self.vae).__name__, ""
         try:
             zeros = torch.zeros(1, channels, _PROBE, _PROBE, device=self.vae.device)
-            shape = tuple(encode(self.vae, zeros.to(self.vae.dtype)).shape)
+            shape = tuple(encode_latents(self.vae, zeros.to(self.vae.dtype)).shape)
         except Exception as error:  # of a model that we cannot know
             shape, got = (), str(error)
         if len(shape) != 4 or shape[2] != shape[3] or not shape[2] or _PROBE % shape[2]:
@@ -429,7 +429,7 @@ class Encoder:
         if self.vae is None:
             return pixels[0]
         shift, scale = latent_scales(self.vae)
-        raw = encode(self.vae, pixels.to(self.vae.device, self.vae.dtype))[0].float().cpu()
+        raw = encode_latents(self.vae, pixels.to(self.vae.device, self.vae.dtype))[0].float().cpu()
         latents = (raw - shift) * scale
         if not latents.isfinite().all():
             got = f"NaN or infinity of the VAE in {self.vae.dtype}"
@@ -465,30 +465,6 @@ class Encoder:
 
 
 _PROBE = 64  # pixels of a side: a multiple of what the known VAEs make one latent of
-
-
-def encode(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
-    """Latents [N, C, H, W] of a VAE, those of the mean where it gives a posterior."""
-    out = vae.encode(pixels)
-    if hasattr(out, "latent_dist"):
-        return out.latent_dist.mode()
-    return out.latents if hasattr(out, "latents") else out.latent
-
-
-def latent_scales(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """Shift and scale [C, 1, 1] or [1, 1, 1] with which a denoiser sees (latents - shift) * scale.
-
-    ``latents_mean`` and ``latents_std`` of each channel, ``shift_factor`` and ``scaling_factor`` of
-    all, those that the VAE has, as the pipelines of diffusers take them.
-    """
-    config = vae.config
-
-    def numbers(name: str, default: float) -> Tensor:
-        value = config.get(name)
-        return torch.tensor(default if value is None else value).reshape(-1, 1, 1)
-
-    shift = numbers("latents_mean", 0.0) + numbers("shift_factor", 0.0)
-    return shift, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
 
 
 def denoiser_of(pipeline: Any) -> tuple[str, torch.nn.Module]:

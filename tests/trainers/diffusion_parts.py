@@ -17,22 +17,26 @@ TEXT, WIDTH = 3, 8  # tokens of a prompt and their width
 
 
 def tiny_unet(**options):
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    defaults = {
+        "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
+        "in_channels": 1, "out_channels": 1,
+    }  # fmt: skip
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8),
-        norm_num_groups=4, **blocks | options,
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        **defaults | options,
     )  # fmt: skip
 
 
 def tiny_conditional_unet(**options):
     defaults = {
+        "in_channels": 4, "out_channels": 4,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "attention_head_dim": 2, "cross_attention_dim": WIDTH,
     }  # fmt: skip
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 8),
-        norm_num_groups=4, **defaults | options,
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        **defaults | options,
     )  # fmt: skip
 
 
