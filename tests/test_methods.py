@@ -11,6 +11,7 @@ from pathlib import Path
 import method_arguments
 import pytest
 
+import fastpo
 from fastpo import methods
 from fastpo.cli import main
 
@@ -84,6 +85,15 @@ def test_inputs_have_the_names_of_the_parameters(entry):
     given = [*entry.arguments, *entry.named.values()]
     assert len(set(given)) == len(given)
     assert all(entry.inputs().values()), "each is described"
+
+
+def test_recipes_are_printed_where_only_torch_is_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fastpo.recipes", raising=False)
+    monkeypatch.delattr(fastpo, "recipes", raising=False)
+    monkeypatch.setitem(sys.modules, "fastpo.recipes.curry_dpo", None)  # as if it were not there
+    printed = methods.describe(methods.find("curry_dpo"))
+    assert "#   model: described once fastpo[train] is installed: " in printed
+    assert "\nfastpo.recipes.curry_dpo(" in printed
 
 
 def test_every_module_of_the_catalogue_is_found_after_import_fastpo():
