@@ -1,5 +1,6 @@
 """Fixtures: every available backend in turn, and a fixed seed."""
 
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -48,3 +49,14 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_shared_cache(tmp_path_factory):
+    """Data sets are cached in a folder of the test run, and in that of its subprocesses."""
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        if "datasets" in sys.modules:
+            patch.setattr(sys.modules["datasets"].config, "HF_DATASETS_CACHE", folder)
+        yield

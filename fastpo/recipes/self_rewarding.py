@@ -88,7 +88,7 @@ def rubric_judge(
         ]
         if tokenizer.chat_template:
             texts = [[{"role": "user", "content": text}] for text in texts]
-        ids = encode_prompts(texts, tokenizer, max_length)
+        ids, _ = encode_prompts(texts, tokenizer, max_length)
         judged = []
         for part in batches(len(ids), batch_size):
             of_part = seed_of(seed, part.start)

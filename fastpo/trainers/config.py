@@ -30,9 +30,13 @@ class RunConfig:
     """Options that all training commands share."""
 
     model: str = option("", "Folder or hub name of a causal LM.")
-    data: str = option("", "JSONL(.gz) file, datasets folder or hub name.")
+    data: str = option("", "JSON(L), CSV or parquet file, datasets folder or hub name.")
     output: str = option("", "Folder of the run: checkpoints, logs, the trained model.")
     split: str = option("train", "Split of a datasets folder or hub name.")
+    subset: str | None = option(None, "Subset of a hub name, of data and of eval_data.")
+    columns: dict[str, Any] = mapping("Columns under other names, such as prompt=question")
+    streaming: bool = option(False, "Read no more of a hub name than limit or max_steps need.")
+    num_proc: int | None = option(None, "Processes that tokenise.", COUNT)
     eval_data: str | None = option(None, "Held-out rows, in the form of data.")
     eval_split: str = option("test", "Split of eval_data.")
     eval_share: float = option(
@@ -40,7 +44,7 @@ class RunConfig:
     )
     limit: int | None = option(None, "Take the first so many rows only.", COUNT)
     max_length: int = option(
-        1024, "Tokens of a sequence; prompts lose their start first.", "[2, inf)"
+        1024, "Tokens of a sequence; completions are cut before prompts.", "[2, inf)"
     )
     epochs: float = option(1.0, "Passes over the data.", "(0, inf)")
     max_steps: int = option(
@@ -117,7 +121,7 @@ class SFTConfig(RunConfig):
 class GRPOConfig(RunConfig):
     """Options of ``fastpo train grpo``."""
 
-    data: str = option("", "JSONL(.gz) file of prompts, or of groups: completions and rewards.")
+    data: str = option("", "Prompts, or groups of completions and rewards, in such a source.")
     eval_share: float = option(0.0, "Share of the prompts held out; only with --reward.", SHARE)
     batch_size: int = option(
         4, "Prompts per device and batch, each with all its completions.", COUNT
@@ -164,15 +168,6 @@ class GRPOConfig(RunConfig):
     num_iterations: int = option(1, "Times that each generation is trained on.", COUNT)
     mask_truncated: bool = option(False, "Leave truncated completions out of the loss.")
     filter_groups: bool = option(False, "Leave out groups of equal rewards.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("split", "eval_split"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                remedy = "train grpo reads JSONL files, which have no splits."
-                raise ConfigError(
-                    f"{name}: expected the default, got {getattr(self, name)!r}. {remedy}"
-                )
 
 
 @dataclass

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from fastpo.data.records import DataError, check_row, read_jsonl
-from fastpo.data.tokens import encode_row
+from fastpo.data.errors import DataError
+from fastpo.data.formats import TEMPLATE_COLUMNS, check_row, convert, messages_of
+from fastpo.data.records import iterate_rows
+from fastpo.data.tokens import TokenReport, encode_row
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.grpo_rewards import GIVEN, RewardError, Rewards, number
 from fastpo.trainers.sampling import batches, encode_prompts, generate, seed_of
@@ -49,22 +51,28 @@ class Group:
         return len({reward for reward in self.rewards if not math.isnan(reward)}) < 2
 
 
-def read_rows(path: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSONL(.gz) file with a ``prompt`` and any other columns; ``row`` is the line.
+def read_rows(
+    source: str | os.PathLike, limit: int | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows with a ``prompt`` and any other columns; ``row`` is the number in the source.
+
+    Args:
+        source: as of :func:`fastpo.data.records.iterate_rows`.
+        limit: the first so many rows only.
+        **options: of that function: ``split``, ``subset``, ``columns``, ``streaming``.
 
     Raises:
-        DataError: the file is missing or empty, or a line has no prompt.
+        DataError: the source is missing or empty, or a row has no prompt.
     """
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file. Groups and prompts are read from JSONL(.gz) files.")
     rows = []
-    for line, row in read_jsonl(path):
-        if len(rows) == limit:
-            break
-        check_row(row, ("prompt",), f"{path}, line {line}")
-        rows.append(row | {"row": line})
-    if not rows:
-        raise DataError(f"{path}: no rows.")
+    for where, line, row in iterate_rows(os.fspath(source), limit=limit, **options):
+        found = convert(row, ("prompt",), where)
+        used = found.pop("used")
+        if "row" in row:
+            problem = "column 'row': here that is the number of the row"
+            raise DataError(f"{where}: {problem}; rename it by --columns row_id=row.")
+        others = {name: value for name, value in row.items() if name not in used}
+        rows.append(others | found | {"row": line})
     return rows
 
 
@@ -83,7 +91,12 @@ class GivenGroups:
     def __init__(
         self, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
     ):
-        self.groups = [_given_group(row, tokenizer, max_length) for row in rows]
+        found = [_given_group(row, tokenizer, max_length) for row in rows]
+        self.groups = [group for group, _ in found]
+        encoded = [row for _, row in found]
+        # The completions have names of their own, the counts do not.
+        names = [name for name in encoded[0] if not name.endswith("_ids")]
+        self.report = TokenReport.of({name: [row[name] for row in encoded] for name in names})
         if all(group.has_equal_rewards for group in self.groups):
             raise DataError(
                 f"rewards: in all {len(rows)} groups they are equal, or there is one only: no "
@@ -98,7 +111,7 @@ class GivenGroups:
         return [self.groups[i] for i in index]
 
 
-def _given_group(row: dict[str, Any], tokenizer, max_length: int) -> Group:
+def _given_group(row: dict[str, Any], tokenizer, max_length: int) -> tuple[Group, dict[str, Any]]:
     where = f"line {row['row']}"
     completions, rewards = row.get("completions"), row.get("rewards")
     for name, column in (("completions", completions), ("rewards", rewards)):
@@ -111,9 +124,10 @@ def _given_group(row: dict[str, Any], tokenizer, max_length: int) -> Group:
         raise DataError(f"{where}: {counts}; give one reward per completion, null for none.")
     numbers = [number(reward, f"{where}: rewards[{k}]") for k, reward in enumerate(rewards)]
     names = [f"completions[{k}]" for k in range(len(completions))]
-    given = dict(zip(names, completions, strict=True))
+    given = dict(zip(names, map(messages_of, completions), strict=True))
     check_row({"prompt": row["prompt"], **given}, ("prompt", *names), where)
-    row = {"prompt": row["prompt"], "row": row["row"], **given}
+    template = {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
+    row = {"prompt": row["prompt"], "row": row["row"], **template, **given}
     encoded = encode_row(row, ("prompt", *names), tokenizer, max_length)
     ids = [encoded[f"{name}_ids"] for name in names]
     room = max_length - len(encoded["prompt_ids"])
@@ -121,7 +135,7 @@ def _given_group(row: dict[str, Any], tokenizer, max_length: int) -> Group:
     ended = tokenizer.all_special_ids
     truncated = [len(tokens) == room and tokens[-1] not in ended for tokens in ids]
     components = [[reward] for reward in numbers]
-    return Group(row["row"], encoded["prompt_ids"], ids, numbers, components, truncated)
+    return Group(row["row"], encoded["prompt_ids"], ids, numbers, components, truncated), encoded
 
 
 class Sampler(Protocol):
@@ -196,8 +210,7 @@ class SampledGroups:
         taken = {"prompt", "row", "completion", *GIVEN}
         self.columns = sorted({name for row in rows for name in row} - taken)
         rewards.check(self.columns)
-        prompts = [row["prompt"] for row in rows]
-        self.prompt_ids = encode_prompts(prompts, tokenizer, max_prompt_length)
+        self.prompt_ids, self.report = encode_prompts(rows, tokenizer, max_prompt_length)
 
     def __len__(self) -> int:
         return len(self.rows)

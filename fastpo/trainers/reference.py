@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastpo.trainers.dpo import DPOTrainer, sum_logprobs
+from fastpo.trainers.dpo import REFERENCE, DPOTrainer, sum_logprobs
 from fastpo.trainers.head import shift_labels
 
 FILE = "reference_logprobs.safetensors"
@@ -84,7 +84,7 @@ def compute(trainer: DPOTrainer, rows: Dataset) -> Tensor:
 
 
 def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path) -> Dataset:
-    """``rows`` with ``ref_chosen`` and ``ref_rejected``, from the cache in ``folder`` or computed.
+    """``rows`` with ``ref_chosen``, ``ref_rejected`` (and ``ref_extra``), cached or computed.
 
     Args:
         trainer: whose model is the reference, before any training step.
@@ -99,11 +99,11 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
     path = Path(folder) / f"{name}_{FILE}"
     expected = fingerprint(trainer, rows)
     if path.exists():
-        values_P2 = _read(path, expected)
+        values_PR = _read(path, expected)
     else:
         with trainer.initial_model(trainer.model):
-            values_P2 = compute(trainer, rows)
-        bad = (~values_P2.isfinite().all(1)).nonzero().flatten().tolist()
+            values_PR = compute(trainer, rows)
+        bad = (~values_PR.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             numbers = [rows[i]["row"] for i in bad[:10]]
             raise ReferenceCacheError(
@@ -111,19 +111,19 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
             )
         if trainer.accelerator.is_main_process:
             partial = path.with_suffix(".partial")
-            save_file({"ref_logprobs": values_P2}, partial, metadata=expected)
+            save_file({"ref_logprobs": values_PR}, partial, metadata=expected)
             partial.replace(path)
     trainer.accelerator.wait_for_everyone()
-    chosen_P, rejected_P = values_P2.unbind(1)
-    rows = rows.add_column("ref_chosen", chosen_P.tolist())
-    return rows.add_column("ref_rejected", rejected_P.tolist())
+    for column, values_P in zip(REFERENCE, values_PR.unbind(1), strict=False):
+        rows = rows.add_column(column, values_P.tolist())
+    return rows
 
 
 def _read(path: Path, expected: dict[str, str]) -> Tensor:
     remedy = f"Delete {path} to compute it anew, or restore what it was made with."
     try:
         with safe_open(path, "pt") as stored:
-            found, values_P2 = stored.metadata() or {}, stored.get_tensor("ref_logprobs")
+            found, values_PR = stored.metadata() or {}, stored.get_tensor("ref_logprobs")
     except SafetensorError as error:
         raise ReferenceCacheError(f"{path}: damaged ({error}). {remedy}") from error
     changed = [part for part in expected if found.get(part) != expected[part]]
@@ -131,4 +131,4 @@ def _read(path: Path, expected: dict[str, str]) -> Tensor:
         parts = " and ".join(changed)
         problem = f"the cached reference log-probs were made with another {parts}"
         raise ReferenceCacheError(f"{path}: {problem}. {remedy}")
-    return values_P2
+    return values_PR

@@ -177,7 +177,7 @@ class OuterLoop:
             self.prompts = [self._prompt_of(row) for row in self.rows]
             if not self.prompts:
                 raise RoundError(f"round {self.round}: there are no prompts; give one at least.")
-            self.prompt_ids = self.encode(self.prompts)
+            self.prompt_ids = self.encode(self.rows)
             yield self.round
             self.metrics["seconds"] = time.perf_counter() - started
             self.history.append(self.metrics)
@@ -220,9 +220,9 @@ class OuterLoop:
             partial.replace(path)
         return found
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of prompts, as the trainers have them."""
-        return sampling.encode_prompts(prompts, self.tokenizer, self.max_length["prompt"])
+    def encode(self, prompts: Prompts) -> list[list[int]]:
+        """Token ids of prompts or their rows, as the trainers have them."""
+        return sampling.encode_prompts(prompts, self.tokenizer, self.max_length["prompt"])[0]
 
     def sample(
         self,

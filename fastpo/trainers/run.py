@@ -23,8 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from fastpo.data.records import COMPLETION_FIELDS, PAIR_FIELDS, load_rows, split_by_prompt
-from fastpo.data.tokens import CompletionCollator, PairCollator, tokenize_rows
+from fastpo.data.formats import COMPLETION_FIELDS, TEMPLATE_COLUMNS
+from fastpo.data.records import split_by_prompt
+from fastpo.data.tokens import CompletionCollator, PairCollator
 from fastpo.trainers import reference
 from fastpo.trainers.checkpoints import resume_point
 from fastpo.trainers.config import (
@@ -35,9 +36,9 @@ from fastpo.trainers.config import (
     SFTConfig,
     keep_for_resume,
 )
-from fastpo.trainers.dpo import SUMS, DPOTrainer, loss_arguments, require_inputs
+from fastpo.trainers.dpo import REFERENCE, DPOTrainer, loss_arguments
 from fastpo.trainers.grpo import GRPOTrainer
-from fastpo.trainers.grpo_rewards import Rewards, load_rewards
+from fastpo.trainers.grpo_rewards import GIVEN, Rewards, load_rewards
 from fastpo.trainers.grpo_rollouts import (
     GivenGroups,
     Rollout,
@@ -48,6 +49,7 @@ from fastpo.trainers.grpo_rollouts import (
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.lora import lora_config
 from fastpo.trainers.options import items, near, typed, value_hints
+from fastpo.trainers.rows import load_data, pair_columns, say, say_unused, source_of
 from fastpo.trainers.sft import SFTTrainer
 
 # Set by this module from options of its own.
@@ -118,11 +120,6 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise ConfigError(f"trainer: {error}") from error
 
 
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text, flush=True)
-
-
 def leave_ranks() -> None:
     """Wait for the other ranks and end the process group, at the end of a program.
 
@@ -135,29 +132,6 @@ def leave_ranks() -> None:
     ranks.destroy_process_group()
 
 
-def load_data(
-    config: RunConfig, fields: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """Tokenised rows to train on and to evaluate on (None without any), with a line on each."""
-    rows = load_rows(config.data, fields, config.split, config.limit)
-    if config.eval_data:
-        held = load_rows(config.eval_data, fields, config.eval_split)
-    else:
-        rows, held = split_by_prompt(rows, config.eval_share, config.seed)
-    tokenised = []
-    for name, part in (("train", rows), ("eval", held)):
-        if part is None:
-            tokenised.append(None)
-            continue
-        part, report = tokenize_rows(part, fields, tokenizer, config.max_length)
-        tokenised.append(part)
-        _say(
-            f"{name}: {report.rows} rows, longest {report.longest} tokens, prompts cut in "
-            f"{report.cut_prompts}, completions cut in {report.cut_completions}"
-        )
-    return tokenised[0], tokenised[1]
-
-
 def train_dpo(config: DPOConfig) -> dict[str, Any]:
     """Run ``fastpo train dpo``; returns what it writes to ``results.json``."""
     options = {
@@ -167,27 +141,32 @@ def train_dpo(config: DPOConfig) -> dict[str, Any]:
         **config.loss_options,
     }
     loss_options = loss_arguments(config.loss, **options)
-    require_inputs(config.loss, SUMS)
+    fields, numbers, known = pair_columns(config)
 
     def build(model, tokenizer, args, train, held):
+        is_given = REFERENCE[0] in numbers  # then all of them are
+        chosen = "cached" if is_given else config.reference
         trainer = DPOTrainer(
             model,
             args,
             loss=config.loss,
             loss_options=loss_options,
-            reference=None if config.reference == "auto" else config.reference,
+            reference=None if chosen == "auto" else chosen,
             data_collator=PairCollator(tokenizer.pad_token_id),
             train_dataset=train,
             eval_dataset=held,
             processing_class=tokenizer,
         )
-        if trainer.reference == "cached":
+        if trainer.reference == "cached" and not is_given:
             trainer.train_dataset = reference.add_cached(trainer, train, "train", config.output)
             if held is not None:
                 trainer.eval_dataset = reference.add_cached(trainer, held, "eval", config.output)
         return trainer
 
-    return _run(config, partial(load_data, config, PAIR_FIELDS), build)
+    def load(tokenizer):
+        return load_data(config, fields, tokenizer, numbers, known)
+
+    return _run(config, load, build)
 
 
 def train_sft(config: SFTConfig) -> dict[str, Any]:
@@ -210,8 +189,9 @@ def load_rollouts(
     config: GRPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rollout, Rollout | None]:
     """Groups to train on and, of held-out prompts, to evaluate on, with a line on each."""
-    rows, held = read_rows(config.data, config.limit), None
+    rows, held = read_rows(**source_of(config)), None
     functions = load_rewards(config.reward)
+    columns = {name for row in rows for name in row}
     if not functions:
         if config.eval_data or config.eval_share:
             remedy = "Give --reward, or leave eval_data and eval_share out."
@@ -219,12 +199,18 @@ def load_rollouts(
         groups = GivenGroups(rows, tokenizer, config.max_length)
         equal = sum(group.has_equal_rewards for group in groups.groups)
         counts = f"{sum(len(group.ids) for group in groups.groups)} completions"
-        _say(f"train: {len(rows)} groups, {counts}, {equal} groups of equal rewards")
+        changes = groups.report.changes
+        say(f"train: {len(rows)} groups, {counts}, {equal} groups of equal rewards, {changes}")
+        used = {"prompt", "row", "completions", "rewards"}
+        if isinstance(rows[0]["prompt"], list):
+            used |= {*TEMPLATE_COLUMNS}
+        say_unused(columns - used, groups.report.unused)
         return groups, None
     if config.eval_data:
-        held = read_rows(config.eval_data)
+        held = read_rows(**source_of(config, is_eval=True))
     elif config.eval_share:
-        places = Dataset.from_list([{"prompt": r["prompt"], "i": i} for i, r in enumerate(rows)])
+        prompts = [json.dumps(row["prompt"]) for row in rows]
+        places = Dataset.from_dict({"prompt": prompts, "i": range(len(rows))})
         parts = split_by_prompt(places, config.eval_share, config.seed)
         rows, held = ([rows[i] for i in part["i"]] for part in parts)
     weights = typed(
@@ -246,15 +232,20 @@ def load_rollouts(
     def sampled(name: str, part: list[dict[str, Any]] | None) -> SampledGroups | None:
         if part is None:
             return None
-        _say(f"{name}: {len(part)} prompts, {config.samples} completions each")
-        return SampledGroups(
+        groups = SampledGroups(
             part, tokenizer, rewards, sampler, samples=config.samples,
             max_new_tokens=config.max_new_tokens,
             max_prompt_length=config.max_length - config.max_new_tokens,
             batch_size=config.sample_batch_size,
         )  # fmt: skip
+        cut = f"prompts cut in {groups.report.cut_prompts}"
+        say(f"{name}: {len(part)} prompts, {config.samples} completions each, {cut}")
+        return groups
 
-    return sampled("train", rows), sampled("eval", held)
+    train, held = sampled("train", rows), sampled("eval", held)
+    # Rewards get the other columns.
+    say_unused(columns & {"completion", *GIVEN}, train.report.unused)
+    return train, held
 
 
 def train_grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -326,7 +317,7 @@ def _run(config: RunConfig, load, build) -> dict[str, Any]:
         path = output / "results.json"
         path.write_text(json.dumps(results, indent=2), encoding="utf-8")
     for line in _summary(results):
-        _say(line)
+        say(line)
     return results
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fastpo.data.errors import DataError
 from fastpo.data.ids import drop_identical, response_ids
 from fastpo.data.pairs import Pairs
-from fastpo.data.records import DataError
 from fastpo.data.selection import Selection
-from fastpo.data.tokens import encode_row
+from fastpo.data.tokens import TokenReport, encode_row
 from fastpo.trainers.config import ConfigError
 
 Prompt = str | list[dict[str, str]]
@@ -93,19 +93,25 @@ class Samples:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[int]]:
-    """Token ids as the trainers have them (:func:`fastpo.data.tokens.encode_row`).
+    prompts: Sequence[Prompt | dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[list[list[int]], TokenReport]:
+    """Token ids of prompts, or of rows with one (:func:`fastpo.data.tokens.encode_row`).
 
     Raises:
         DataError: a prompt has no token.
     """
-    rows = ({"prompt": prompt, "row": i} for i, prompt in enumerate(prompts))
-    found = [encode_row(row, ("prompt",), tokenizer, max_length)["prompt_ids"] for row in rows]
-    if [] in found:
+    rows = (p if isinstance(p, dict) else {"prompt": p} for p in prompts)
+    found = [
+        encode_row(row | {"row": row.get("row", i)}, ("prompt",), tokenizer, max_length)
+        for i, row in enumerate(rows)
+    ]
+    ids = [row["prompt_ids"] for row in found]
+    if [] in ids:
         remedy = "Leave it out, or use a tokenizer that begins texts with a token."
-        raise DataError(f"prompt {found.index([])}: has no token to begin with. {remedy}")
-    return found
+        raise DataError(f"prompt {ids.index([])}: has no token to begin with. {remedy}")
+    return ids, TokenReport.of({name: [row[name] for row in found] for name in found[0]})
 
 
 def encode_responses(
@@ -114,11 +120,28 @@ def encode_responses(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Samples:
-    """Responses that are there already, such as the chosen and the rejected one of a data set."""
-    found = [
-        encode_row(row | {"row": i}, ("prompt", *fields), tokenizer, max_length)
-        for i, row in enumerate(rows)
-    ]
+    """Responses that are there already, such as the chosen and the rejected one of a data set.
+
+    They follow the prompt as responses are sampled from it: where the end of the prompt merges with
+    one of them in the tokens of the whole text, they are tokenised apart.
+
+    Raises:
+        DataError: a chat template does not put a response after the prompt.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        encoded = encode_row(row | {"row": i}, ("prompt", *fields), tokenizer, max_length)
+        if encoded["merged"]:
+            if not isinstance(row["prompt"], str):
+                problem = "the chat template does not put the responses after the prompt"
+                raise DataError(f"row {i}: {problem}; give prompt and responses as text.")
+            encoded = encode_row(row | {"row": i}, ("prompt",), tokenizer, max_length - 1)
+            room, end = max_length - len(encoded["prompt_ids"]), [tokenizer.eos_token_id]
+            for field in fields:
+                text = row[field].removesuffix(tokenizer.eos_token or "")
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                encoded[f"{field}_ids"] = (ids + end * (end != [None]))[:room]
+        found.append(encoded)
     ids = [[row[f"{field}_ids"] for field in fields] for row in found]
     texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in ids]
     prompts = [row["prompt"] for row in rows]

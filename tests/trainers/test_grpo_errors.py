@@ -121,7 +121,6 @@ def test_options_that_do_not_fit_are_named(online, change, message):
         ({"reference": "cached"}, "reference: expected one of auto, adapter, copy"),
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0\.0"),
-        ({"split": "validation"}, "split: expected the default, got 'validation'"),
         ({"eval_share": 0.5, "reward": ""}, "given completions are not scored"),
     ],
 )

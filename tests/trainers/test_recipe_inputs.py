@@ -168,7 +168,7 @@ def test_messages_and_text_in_one_row_and_empty_prompts_are_named(model_folder, 
     tokenizer = run.load_tokenizer(model_folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     rows = [{"prompt": [{"role": "user", "content": "red"}], "chosen": "blue"}]
-    with pytest.raises(DataError, match="row 0: the prompt is a list of messages, 'chosen' is not"):
+    with pytest.raises(DataError, match="row 0: text and messages are mixed"):
         sampling.encode_responses(rows, ["chosen"], tokenizer, 20)
     chat = [{"role": "user", "content": ""}]
     with pytest.raises(DataError, match="prompt 1: has no token to begin with"):
