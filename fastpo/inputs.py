@@ -82,10 +82,11 @@ class Input(NamedTuple):
 
 def _marks(hint: Any) -> list[Any]:
     """The marks of an annotation, those inside a union included."""
-    inside = [mark for part in typing.get_args(hint)[:1] for mark in _marks(part)]
-    if typing.get_origin(hint) is not Annotated:
-        inside = [mark for part in typing.get_args(hint) for mark in _marks(part)]
-    return inside + list(getattr(hint, "__metadata__", ()))
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        parts = parts[:1]  # The others are its marks.
+    inside = [mark for part in parts for mark in _marks(part)]
+    return [*getattr(hint, "__metadata__", ()), *inside]
 
 
 def _hints(function: Callable) -> dict[str, Any]:

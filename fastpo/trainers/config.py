@@ -139,7 +139,9 @@ class GRPOConfig(RunConfig):
         None, "Weight of the entropy bonus; none if not given, negative against it.", ANY_NUMBER
     )
     loss_options: dict[str, Any] = mapping("Any other option of the loss")
-    advantage_options: dict[str, Any] = mapping("Any option of the advantage")
+    advantage_options: dict[str, Any] = mapping(
+        "Any option of the advantage, such as rloo's beta of the KL in the reward"
+    )
     reference: str = option(
         "auto", "adapter (disabled LoRA), copy (frozen), or auto.",
         choices=("auto", "adapter", "copy"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpo import losses
-from fastpo.inputs import Input, inputs_of
+from fastpo.inputs import Input, inputs_of, plain
 from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
 from fastpo.trainers.base import StatisticTrainer
@@ -185,10 +185,12 @@ class DPOTrainer(StatisticTrainer):
     of the loss.
 
     The loss gets, by its arguments' names: summed log-probs and token counts of the responses, and
-    every column of the rows that is named as one of its arguments: ``label``, ``chosen_scores``,
-    ``ref_chosen``, ``history_chosen`` (a list per pair), and so on. ``extra`` and ``ref_extra`` are
-    log-probs of ``extra_ids``, a further response; ``kl_chosen`` and ``kl_rejected`` are sums over
-    tokens of KL(reference || policy) over the vocabulary, computed for the losses that take them.
+    every column of the rows that is named as one of its arguments (:func:`columns_of`): ``label``,
+    ``chosen_scores``, ``ref_chosen``, ``history_chosen`` (a list per pair), and so on. ``extra``
+    and ``ref_extra`` are log-probs of ``extra_ids``, a further response; ``kl_chosen`` and
+    ``kl_rejected`` are sums over tokens of KL(reference || policy) over the vocabulary, computed
+    for the losses that take them. Other arguments that are marked as trained, or as of something
+    else than whole responses (:mod:`fastpo.inputs`), are for subclasses to compute.
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
@@ -233,6 +235,9 @@ class DPOTrainer(StatisticTrainer):
             )
         super().__init__(model, args, compute_metrics=_evaluation_metrics, **kwargs)
         self.model_accepts_loss_kwargs = False
+        plainer = plain(loss_function(loss), self.loss_options)
+        if plainer and self.is_world_process_zero():
+            print(f"loss: {_name(loss)} with these options is {plainer}", flush=True)
         self.reference = reference if self.loss_inputs & {*REFERENCE, *KLS} else None
         self.needs_kl = bool(self.loss_inputs & set(KLS))
         if self.needs_kl and reference == "cached":

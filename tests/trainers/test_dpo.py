@@ -206,6 +206,14 @@ def test_every_loss_is_another_one_than_dpo_and_ipo(loss):
         assert is_equal == (declared and not (loss == "ipo" and options)), other
 
 
+def test_a_loss_that_is_a_plainer_one_says_so(options, capsys):
+    model = load(options)
+    trainer(options, model, loss="f_dpo")
+    assert "loss: f_dpo with these options is dpo" in capsys.readouterr().out
+    trainer(options, model, loss="f_dpo", loss_options={"divergence": "forward_kl"})
+    assert "is dpo" not in capsys.readouterr().out
+
+
 def test_columns_streams_and_extra_reach_the_loss(options):
     """What a loss gets by its arguments' names; columns never stand in for what is trained."""
     inputs = batch(options, extra=True)
