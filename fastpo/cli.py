@@ -209,11 +209,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
     wanted = [argument for argument in given if argument != "--traceback"]
     try:
         run(wanted)
+    except KeyboardInterrupt:
+        raise _stop("SIGINT: stopped outside of the training's steps.", 130) from None
     except Exception as error:
         line = _line(error)
         if wanted != given or not line:
             raise
-        raise _stop(line, 2 if isinstance(error, ConfigError) else 1) from None
+        code = 2 if isinstance(error, ConfigError) else 1
+        # A run that a signal stopped carries its number, see fastpo.trainers.stops.
+        raise _stop(line, 128 + error.signal if hasattr(error, "signal") else code) from None
 
 
 if __name__ == "__main__":

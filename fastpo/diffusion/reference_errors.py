@@ -260,7 +260,8 @@ class ReferenceErrors:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        torch.save({"errors": self.errors, "fingerprints": self.fingerprints}, partial)
+        stored = {"errors": self.errors, "fingerprints": self.fingerprints}
+        torch.save(stored | {"values": digest(self.errors)}, partial)
         partial.replace(path)
 
     @classmethod
@@ -285,8 +286,15 @@ class ReferenceErrors:
         try:
             stored = torch.load(path, weights_only=True)
             errors, found = stored["errors"], stored["fingerprints"]
-        except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as e:
-            raise StaleReferenceError(f"{path}: damaged ({e}). {remedy}") from e
+            is_whole = stored["values"] == digest(errors)
+        except pickle.UnpicklingError as e:
+            problem = "it was not read, as it holds more than tensors and plain containers"
+            raise StaleReferenceError(f"{path}: damaged; {problem}. {remedy}") from e
+        except (RuntimeError, zipfile.BadZipFile, EOFError, KeyError) as e:
+            raise StaleReferenceError(f"{path}: damaged or cut short. {remedy}") from e
+        if not is_whole:
+            problem = "its values are not those that were written"
+            raise StaleReferenceError(f"{path}: damaged, {problem}. {remedy}")
         names = sorted(found.keys() | table.fingerprints.keys())
         changed = [name for name in names if found.get(name) != table.fingerprints.get(name)]
         if errors.shape != table.errors.shape:

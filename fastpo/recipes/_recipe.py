@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fastpo.trainers.checkpoints import locked
 from fastpo.trainers.rounds import OuterLoop
 
 _COMMON = """
@@ -41,11 +42,12 @@ def recipe(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., lis
             given = {name: options.pop(name, p.default) for name, p in own.items()}
             # A run may be made longer.
             settings = {"recipe": body.__name__} | {k: given[k] for k in given if k != "rounds"}
-            loop = OuterLoop(
-                model, tokenizer, prompts, score, output=output, settings=settings,
-                **defaults | options,
-            )  # fmt: skip
-            body(loop, **given)
+            with locked(output):
+                loop = OuterLoop(
+                    model, tokenizer, prompts, score, output=output, settings=settings,
+                    **defaults | options,
+                )  # fmt: skip
+                body(loop, **given)
             return loop.history
 
         make = inspect.Parameter

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from fastpo.trainers.checkpoints import seal
 from fastpo.trainers.head import add_logprob_head
 
 
@@ -81,6 +85,8 @@ class StatisticTrainer(Trainer):
         self._recent: list[tuple[int, Tensor, Tensor]] = []
         # Per metric the sum and the number of its values.
         self._sums: dict[str, Tensor] = {}
+        # Digests of what the run is made of, kept in its checkpoints.
+        self.inputs: dict[str, str] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``.
@@ -95,6 +101,34 @@ class StatisticTrainer(Trainer):
             remedy = "Set eval_on_start in the training arguments instead."
             raise RuntimeError(f"evaluate() was called before train() on several ranks. {remedy}")
         return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of objects, which nothing here reads.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Sealed when all ranks have written their files; older ones go after that."""
+        output = Path(self._get_output_dir(trial=trial))
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of a save that was cut short
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint, self.inputs)
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def initial_model(self, model):

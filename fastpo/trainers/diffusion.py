@@ -16,22 +16,34 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from fastpo.diffusion.reference_errors import digest
 from fastpo.integrations.diffusers import Adapter, Schedule
-from fastpo.trainers.checkpoints import checkpoints, resume_point
-from fastpo.trainers.config import ConfigError, keep_for_resume
+from fastpo.trainers.checkpoints import (
+    check_inputs,
+    checkpoints,
+    load_plain,
+    locked,
+    resume_point,
+    seal,
+    weights_digest,
+)
+from fastpo.trainers.config import keep_for_resume
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_data import PairOrder, PairRows, conditions
 from fastpo.trainers.diffusion_errors import Batch, PairErrors, check_finite, pair_metrics
 from fastpo.trainers.diffusion_log import RunLog
 from fastpo.trainers.diffusion_setup import (
     add_lora,
-    checkpoint_problem,
     loss_of,
     make_accelerator,
     make_optimizer,
     make_reference,
     set_mode,
 )
+from fastpo.trainers.stops import Signals, Stopped
+
+# What changes beside weights and optimiser: the schedule, averages, a reference that is updated.
+_CHANGING = "changing.pt"
 
 
 class Result(NamedTuple):
@@ -81,11 +93,14 @@ class DiffusionDPOTrainer:
             adapter.check(conditions(rows[0], self.loss.inputs).keys())
             for shape in dict.fromkeys(rows.shapes):
                 adapter.check_sample(shape)
-        self.checkpoint = resume_point(
-            self.output, config.resume, config.resume_from, checkpoint_problem
-        )
+        self.checkpoint = resume_point(self.output, config.resume, config.resume_from)
         self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator = make_accelerator(config)
+        self.inputs = {"world_size": str(self.accelerator.num_processes)}
+        self.inputs |= {"model": weights_digest(denoiser), "data": digest(self.pairs.values())}
+        if self.eval_pairs is not None:
+            self.inputs["eval_data"] = digest(self.eval_pairs.values())
+        check_inputs(self.checkpoint, self.inputs)
         if self.accelerator.is_main_process:
             keep_for_resume(config, self.output / "run.yaml", self.checkpoint is not None)
         set_seed(config.seed)
@@ -110,7 +125,7 @@ class DiffusionDPOTrainer:
         optimizer, self.lr_scheduler = make_optimizer(self.trainable, config, self.steps)
         self.model, self.optimizer = self.accelerator.prepare(self.denoiser, optimizer)
         changing = [self.lr_scheduler, self.ema, config.reference_steps and self.reference]
-        self.accelerator.register_for_checkpointing(*filter(None, changing))
+        self.changing = list(filter(None, changing))
         if config.lora_r:
             self.accelerator.register_save_state_pre_hook(self._keep_trainable)
         self.errors = PairErrors(
@@ -203,6 +218,9 @@ class DiffusionDPOTrainer:
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            # Not by accelerate, which unpickles such states whatever they hold.
+            torch.save([each.state_dict() for each in self.changing], unfinished / _CHANGING)
+            seal(unfinished, self.inputs)
             path = self.output / f"checkpoint-{self.step}"
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
@@ -211,12 +229,11 @@ class DiffusionDPOTrainer:
         accelerator.wait_for_everyone()
 
     def _restore(self, checkpoint: Path) -> None:
-        # Another number of ranks would meet other batches and other names of weights.
-        saved, ranks = len(list(checkpoint.glob("random_states_*"))), self.accelerator.num_processes
-        if saved != ranks:
-            raise ConfigError(f"{checkpoint}: of a run on {saved} devices; this one is on {ranks}.")
         # The weights of a LoRA alone are in its checkpoints.
         self.accelerator.load_state(str(checkpoint), strict=not self.config.lora_r)
+        states = load_plain(checkpoint / _CHANGING)
+        for each, state in zip(self.changing, states, strict=True):
+            each.load_state_dict(state)
         self.step = int(checkpoint.name.removeprefix("checkpoint-"))
         if self.ema:
             self.ema.to(self.accelerator.device)
@@ -227,6 +244,23 @@ class DiffusionDPOTrainer:
             chosen = {"selected_adapters": ["default"]} if self.config.lora_r else {}
             self.denoiser.save_pretrained(folder, **chosen)
         self.accelerator.wait_for_everyone()
+
+    def _take_step(
+        self, batches: Iterator[Batch], found: list[dict[str, Tensor]], signals: Signals
+    ) -> list[dict[str, Tensor]]:
+        """One step and what is logged and saved after it; the metrics that are still to log."""
+        config = self.config
+        found = found + self._train_step(batches)
+        is_last = signals.on_any_rank(self.accelerator) or self.step == self.steps
+        if self.step % config.logging_steps == 0 or is_last:
+            rate = self.lr_scheduler.get_last_lr()[0]
+            self.log.write_means(self.step, found, learning_rate=rate)
+            found = []
+        if config.eval_steps and self.step % config.eval_steps == 0:
+            self._log_evaluation()
+        if self.step % config.save_steps == 0 or is_last:
+            self._save()
+        return found
 
     def train(self, sample_grid: Callable[[torch.nn.Module], Any] | None = None) -> Result:
         """The run from its start, or from its checkpoint, to its end."""
@@ -248,16 +282,12 @@ class DiffusionDPOTrainer:
         self.optimizer.zero_grad()  # what a caller left there would enter the first step
         started = time.perf_counter()
         shown = config.progress and self.accelerator.is_main_process
-        for _ in tqdm(range(self.step, self.steps), disable=not shown):
-            found += self._train_step(batches)
-            if self.step % config.logging_steps == 0 or self.step == self.steps:
-                rate = self.lr_scheduler.get_last_lr()[0]
-                self.log.write_means(self.step, found, learning_rate=rate)
-                found = []
-            if config.eval_steps and self.step % config.eval_steps == 0:
-                self._log_evaluation()
-            if self.step % config.save_steps == 0 or self.step == self.steps:
-                self._save()
+        with Signals() as signals:
+            for _ in tqdm(range(self.step, self.steps), disable=not shown):
+                found = self._take_step(batches, found, signals)
+                if signals.received:
+                    self.log.close()
+                    raise Stopped(signals.received, self.step)
         seconds = time.perf_counter() - started
         if self.ema:
             self.ema.copy_to(self.trainable)
@@ -299,7 +329,8 @@ def train(
         IntegrationError: there is no adapter for the denoiser or the scheduler, or the conditions
             are not those it takes.
     """
-    trainer = DiffusionDPOTrainer(denoiser, scheduler, pairs, config, eval_pairs)
-    result = trainer.train(sample_grid)
-    trainer.save_denoiser(trainer.output / "model")
+    with locked(config.output):
+        trainer = DiffusionDPOTrainer(denoiser, scheduler, pairs, config, eval_pairs)
+        result = trainer.train(sample_grid)
+        trainer.save_denoiser(trainer.output / "model")
     return result

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from fastpo.data.records import split_by_prompt
 from fastpo.integrations.diffusers import Schedule
-from fastpo.trainers.checkpoints import resume_point
+from fastpo.trainers.checkpoints import locked, resume_point
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion import DiffusionDPOTrainer
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
@@ -75,12 +75,17 @@ def _save_for_pipelines(pipeline: Any, model: Any, folder: Path) -> None:
 
 def train_diffusion_dpo(config: DiffusionDPOConfig) -> dict[str, Any]:
     """Run ``fastpo train diffusion-dpo``; returns what it writes to ``results.json``."""
+    with locked(config.output):
+        return _train(config)
+
+
+def _train(config: DiffusionDPOConfig) -> dict[str, Any]:
     pipeline = _load_pipeline(config)
     name, denoiser = denoiser_of(pipeline)
     # What does not fit shows before all images are encoded; the trainer looks again, and closer.
     inputs = loss_of(config).inputs - {*POLICY, *REFERENCE}
     Schedule(pipeline.scheduler)
-    resume_point(config.output, config.resume, config.resume_from, lambda checkpoint: "")
+    resume_point(config.output, config.resume, config.resume_from, lambda line: None)
     buckets = parse_buckets(config.aspect_ratio_buckets) if config.aspect_ratio_buckets else ()
     encoder = Encoder(
         pipeline,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from fastpo.diffusion import losses, references
 from fastpo.diffusion._adapters import adapter_tensors
 from fastpo.losses import LossOutput
-from fastpo.trainers.checkpoints import damage
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.lora import lora_config
@@ -175,18 +173,3 @@ def make_optimizer(
     except ValueError as error:
         raise ConfigError(f"schedule: {error}.") from error
     return optimizer, schedule
-
-
-def checkpoint_problem(checkpoint: Path) -> str:
-    """What is wrong with a folder that accelerate wrote, naming the file; empty if it is whole."""
-    if not checkpoint.is_dir():
-        return f"{checkpoint}: no such folder"
-    present = {path.name for path in checkpoint.iterdir()}
-    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
-        if name not in present:
-            return f"{checkpoint / name}: missing"
-    for name in sorted(present):
-        reason = damage(checkpoint / name)
-        if reason:
-            return f"{checkpoint / name}: damaged or cut short ({reason})"
-    return ""

@@ -91,6 +91,7 @@ class GivenGroups:
     def __init__(
         self, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
     ):
+        self.rows = rows
         found = [_given_group(row, tokenizer, max_length) for row in rows]
         self.groups = [group for group, _ in found]
         encoded = [row for _, row in found]

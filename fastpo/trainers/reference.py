@@ -13,33 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastpo.trainers.checkpoints import weights_digest
 from fastpo.trainers.dpo import REFERENCE, DPOTrainer, sum_logprobs
 from fastpo.trainers.head import shift_labels
+from fastpo.trainers.states import digest
 
 FILE = "reference_logprobs.safetensors"
-_SAMPLES = 4096
 
 
 class ReferenceCacheError(RuntimeError):
     """A cache of reference log-probs is damaged or belongs to another model, data or setting."""
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Over every parameter's name, shape, dtype and up to 4096 of its values, and its sum.
-
-    Adapters are left out: they do not belong to the reference.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            continue
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].double().cpu().numpy()
-        total = flat.sum(dtype=torch.float64).item()
-        described = [name, list(parameter.shape), str(parameter.dtype), total]
-        digest.update(json.dumps(described).encode() + sample.tobytes())
-    return digest.hexdigest()
 
 
 def _rows_digest(rows: Dataset) -> str:
@@ -111,7 +94,8 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
             )
         if trainer.accelerator.is_main_process:
             partial = path.with_suffix(".partial")
-            save_file({"ref_logprobs": values_PR}, partial, metadata=expected)
+            written = expected | {"values": digest({"ref_logprobs": values_PR})}
+            save_file({"ref_logprobs": values_PR}, partial, metadata=written)
             partial.replace(path)
     trainer.accelerator.wait_for_everyone()
     for column, values_P in zip(REFERENCE, values_PR.unbind(1), strict=False):
@@ -126,6 +110,9 @@ def _read(path: Path, expected: dict[str, str]) -> Tensor:
             found, values_PR = stored.metadata() or {}, stored.get_tensor("ref_logprobs")
     except SafetensorError as error:
         raise ReferenceCacheError(f"{path}: damaged ({error}). {remedy}") from error
+    if found.get("values") != digest({"ref_logprobs": values_PR}):
+        problem = "damaged, its values are not those that were written"
+        raise ReferenceCacheError(f"{path}: {problem}. {remedy}")
     changed = [part for part in expected if found.get(part) != expected[part]]
     if changed:
         parts = " and ".join(changed)

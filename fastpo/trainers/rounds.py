@@ -28,7 +28,7 @@ from fastpo.data.tokens import CompletionCollator, PairCollator
 from fastpo.data.win_rates import bradley_terry_matrix, win_rates
 from fastpo.trainers import reference, sampling
 from fastpo.trainers.base import LogAtEnd, own_forward
-from fastpo.trainers.checkpoints import checkpoints, problem
+from fastpo.trainers.checkpoints import load_plain, resume_point, weights_digest
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.dpo import DPOTrainer
 from fastpo.trainers.head import add_logprob_head
@@ -127,7 +127,7 @@ class OuterLoop:
             "sample_batch_size": sample_batch_size, "max_prompt_length": max_prompt_length,
             "training": training or {},
             "prompts": "" if callable(prompts) else _digest(prompts),
-            "model": reference.weights_digest(model),
+            "model": weights_digest(model),
         }  # fmt: skip
         name = lambda value: getattr(value, "__qualname__", str(value))
         self.settings = json.loads(json.dumps(settings, default=name))
@@ -211,7 +211,7 @@ class OuterLoop:
         """What ``compute`` gives, or gave before the run was interrupted."""
         path = self._next(f"{name}.pt")
         if path.relative_to(self.output) in self._kept:
-            return torch.load(path, weights_only=True)
+            return load_plain(path)
         found = compute()
         if PartialState().is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,7 @@ class OuterLoop:
         for back, share in enumerate(shares[: self.round], 1):
             number = self.round - back
             paths = sorted(self.output.glob(f"round-{number}/*-rows.pt"))
-            rows = [row for path in paths for row in torch.load(path, weights_only=True)]
+            rows = [row for path in paths for row in load_plain(path)]
             generator = random.Random(sampling.seed_of(self.seed, self.round, number))
             found += generator.sample(rows, round(share * len(rows)))
         return found
@@ -465,13 +465,13 @@ class OuterLoop:
         finish: Callable[[Any], Dataset] | None = None,
     ) -> None:
         folder = self._next("train")
-        whole = [path for path in checkpoints(folder) if not problem(path)]
+        checkpoint = resume_point(folder, "auto", None)
         trainer = build(self._arguments(folder))
         trainer.add_callback(LogAtEnd())
         if finish:
             trainer.train_dataset = finish(trainer)
         with own_forward(self.model):
-            trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         logs = [log for log in trainer.state.log_history if "loss" in log]
         self.metrics |= {k: v for k, v in (logs[-1] if logs else {}).items() if k != "step"}
         # The next round's Trainer wraps the model anew.

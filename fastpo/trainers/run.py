@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     SchedulerType,
     Trainer,
@@ -27,7 +28,13 @@ from fastpo.data.formats import COMPLETION_FIELDS, TEMPLATE_COLUMNS
 from fastpo.data.records import split_by_prompt
 from fastpo.data.tokens import CompletionCollator, PairCollator
 from fastpo.trainers import reference
-from fastpo.trainers.checkpoints import resume_point
+from fastpo.trainers.checkpoints import (
+    check_inputs,
+    digest_of,
+    locked,
+    resume_point,
+    weights_digest,
+)
 from fastpo.trainers.config import (
     ConfigError,
     DPOConfig,
@@ -51,6 +58,7 @@ from fastpo.trainers.lora import lora_config
 from fastpo.trainers.options import items, near, typed, value_hints
 from fastpo.trainers.rows import load_data, pair_columns, say, say_unused, source_of
 from fastpo.trainers.sft import SFTTrainer
+from fastpo.trainers.stops import SaveAndStop, Signals, Stopped
 
 # Set by this module from options of its own.
 _OWN = ("output_dir", "learning_rate", "seed", "max_steps", "remove_unused_columns")
@@ -283,23 +291,43 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, load, build) -> dict[str, Any]:
+    with locked(config.output):
+        return _run_alone(config, load, build)
+
+
+def _run_alone(config: RunConfig, load, build) -> dict[str, Any]:
     output = Path(config.output)
     checkpoint = resume_point(output, config.resume, config.resume_from)
-    output.mkdir(parents=True, exist_ok=True)
     args = training_arguments(config)
+    tokenizer = load_tokenizer(config.model)
+    inputs = {
+        "world_size": str(args.world_size),
+        "tokenizer": digest_of(_words_of(tokenizer)),
+    }
+    check_inputs(checkpoint, inputs)
     if args.process_index == 0:
         keep_for_resume(config, output / "run.yaml", checkpoint is not None)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
     train, held = load(tokenizer)
+    for name, part in (("data", train), ("eval_data", held)):
+        inputs[name] = digest_of(getattr(part, "rows", part) or ())
+    check_inputs(checkpoint, inputs)
     # Evaluated inside train: an evaluation before it would mark the model as prepared, and
     # accelerate would then leave it without DistributedDataParallel.
     args.eval_on_start = held is not None and checkpoint is None
-    trainer: Trainer = build(load_model(config), tokenizer, args, train, held)
+    model = load_model(config)
+    inputs |= {"model": weights_digest(model), "model_config": digest_of([_meaning(model.config)])}
+    check_inputs(checkpoint, inputs)
+    trainer: Trainer = build(model, tokenizer, args, train, held)
+    trainer.inputs = inputs
     # The order of the rows must not depend on what was computed for the reference.
     set_seed(config.seed)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+    with Signals() as signals:
+        trainer.add_callback(SaveAndStop(signals, trainer.accelerator))
+        trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint else None)
+    if signals.received:
+        raise Stopped(signals.received, trainer.state.global_step)
     results: dict[str, Any] = {
         "train_seconds": time.perf_counter() - started,
         "steps": trainer.state.global_step,
@@ -319,6 +347,19 @@ def _run(config: RunConfig, load, build) -> dict[str, Any]:
     for line in _summary(results):
         say(line)
     return results
+
+
+def _words_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that decides what ids a tokenizer gives, whatever its folder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return [[rules, tokenizer.chat_template, tokenizer.special_tokens_map]]
+
+
+def _meaning(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model's config says of the model, whatever the folder and the library's version."""
+    said = {"transformers_version", "_name_or_path"}
+    return {name: value for name, value in config.to_dict().items() if name not in said}
 
 
 def _summary(results: dict[str, Any]) -> list[str]:

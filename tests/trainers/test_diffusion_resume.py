@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,13 +117,24 @@ def test_run_killed_in_a_save_resumes_from_the_one_before(options, tmp_path, mon
     assert not (output / "unfinished-checkpoint").exists()
 
 
-def test_another_number_of_devices_is_refused(options):
-    """A LoRA's weights have other names there, and would not be found."""
+def test_other_inputs_are_refused_by_name(options):
+    """Devices, data, and the weights of the denoiser; what was resumed is left as it was."""
     run(options | {"lora_r": 2, "lora_targets": "all-linear"})
-    checkpoint = Path(options["output"]) / "checkpoint-4"
-    shutil.copy(checkpoint / "random_states_0.pkl", checkpoint / "random_states_1.pkl")
-    with pytest.raises(ConfigError, match="of a run on 2 devices; this one is on 1"):
-        run(options | {"lora_r": 2, "lora_targets": "all-linear", "resume": True, "max_steps": 5})
+    options |= {"lora_r": 2, "lora_targets": "all-linear", "resume": True, "max_steps": 5}
+    with pytest.raises(CheckpointError, match="of a run with another data, eval_data"):
+        run(options, tensors(PAIRS, seed=5))
+    torch.manual_seed(0)
+    rows, unet = tensors(PAIRS), tiny_unet()
+    with torch.no_grad():
+        next(unet.parameters()).view(-1)[1].mul_(1 + 2e-7)
+    with pytest.raises(CheckpointError, match="of a run with another model"):
+        train(unet, ddpm(), rows, DiffusionDPOConfig(**options), eval_pairs=rows)
+    manifest = Path(options["output"]) / "checkpoint-4" / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["inputs"]["world_size"] = "2"
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="of a run with another world_size 2 -> 1"):
+        run(options)
 
 
 def test_checkpoints_are_limited_and_damage_is_named(options):
@@ -132,7 +142,7 @@ def test_checkpoints_are_limited_and_damage_is_named(options):
     run(options)
     output = Path(options["output"])
     assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_1.pkl"):
+    for name in ("model.safetensors", "optimizer.bin", "changing.pt"):
         path = output / "checkpoint-4" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
@@ -148,5 +158,6 @@ def test_checkpoints_are_limited_and_damage_is_named(options):
 def test_cached_errors_of_other_data_are_refused(options):
     options |= {"reference": "cached", "max_steps": 1, "save_steps": 100}
     run(options)
+    (Path(options["output"]) / "checkpoint-1").rename(Path(options["output"]) / "elsewhere")
     with pytest.raises(StaleReferenceError, match="made with another data"):
-        run(options | {"resume": True, "max_steps": 2}, tensors(PAIRS, seed=5))
+        run(options | {"max_steps": 2}, tensors(PAIRS, seed=5))
