@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+Record = TypeVar("Record", bound=tuple)
 
 # Rows of the tensor group_stats gives [9, G, K]; csrc/fastpo.h says what each holds.
 GROUP_ROWS = (
@@ -24,6 +26,13 @@ SURROGATE_KINDS = ("clip", "cispo", "reinforce", "sapo", "vespo", "gmpo", "value
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 KL_KINDS = ("none", "k1", "abs", "k2", "k3", "k3_plus")
 CORRECTIONS = ("none", "truncate", "mask")
+
+
+def replaced(record: Record, **changes: object) -> Record:
+    """A NamedTuple with fields changed: ``_replace``, which dynamo knows from torch 2.13 on."""
+    kind = type(record)
+    fields = zip(kind._fields, record, strict=True)
+    return kind(*[changes.get(name, value) for name, value in fields])
 
 
 class GroupLayout(NamedTuple):

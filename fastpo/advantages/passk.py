@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpo.advantages import _groups as shared
 from fastpo.groups import Groups
+from fastpo.operands import replaced
 
 
 def _of_pairs(lead_G: Tensor, groups: Groups) -> Tensor:
@@ -59,7 +60,7 @@ def passk_max(
     best_N = shared.marked_rows(stats.arg_max, rows.groups.rows)
     zero_G = torch.zeros_like(lead_G)
     ones_N = torch.where(best_N, 1.0, torch.nan).to(rows.dtype)  # NaN becomes 0
-    return rows._replace(rewards=ones_N).affine(zero_G, lead_G)
+    return replaced(rows, rewards=ones_N).affine(zero_G, lead_G)
 
 
 def passk_analytic(
@@ -95,7 +96,7 @@ def passk_analytic(
     rows = shared.rows_of("passk_analytic", rewards, groups)
     is_other_N = (rows.rewards != 0) & (rows.rewards != 1) & ~rows.rewards.isnan()
     # An infinite reward marks the group it spoils.
-    stats = rows._replace(rewards=rows.rewards.masked_fill(is_other_N, torch.inf)).stats()
+    stats = replaced(rows, rewards=rows.rewards.masked_fill(is_other_N, torch.inf)).stats()
     too_few_G = (stats.count > 0) & (stats.count < k)
     if shared.is_checkable(is_other_N):
         if is_other_N.any():

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpo.advantages import _groups as shared
 from fastpo.advantages._groups import Singleton
 from fastpo.groups import Groups
+from fastpo.operands import replaced
 
 
 class _Convention(NamedTuple):
@@ -189,5 +190,5 @@ def opo(
     (lengths_N,) = rows.per_row("opo", lengths=lengths)
     stats = rows.stats(lengths_N)
     mean_G = torch.where(stats.weight > 0, stats.weighted_mean, stats.mean)
-    base_G = shared.baseline(stats._replace(mean=mean_G), singleton)
+    base_G = shared.baseline(replaced(stats, mean=mean_G), singleton)
     return rows.affine(base_G, torch.ones_like(base_G))

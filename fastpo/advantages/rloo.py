@@ -8,6 +8,7 @@ from torch import Tensor
 from fastpo.advantages import _groups as shared
 from fastpo.advantages._groups import Singleton
 from fastpo.groups import Groups, group_affine
+from fastpo.operands import replaced
 
 
 def rloo(
@@ -54,10 +55,10 @@ def rloo(
         raise shared.fail("rloo", "reward_range", "lowest, highest", reward_range, "Swap them.")
     rows = shared.rows_of("rloo", rewards, groups)
     if reward_range is not None:
-        rows = rows._replace(rewards=rows.rewards.clamp(*reward_range))
+        rows = replaced(rows, rewards=rows.rewards.clamp(*reward_range))
     if kl is not None:
         (kl_N,) = rows.per_row("rloo", kl=kl)
-        rows = rows._replace(rewards=rows.rewards.to(rows.dtype) - beta * kl_N)
+        rows = replaced(rows, rewards=rows.rewards.to(rows.dtype) - beta * kl_N)
     stats = rows.stats()
     others_G = (stats.count - 1).clamp(min=1)
     advantages = rows.affine(shared.baseline(stats, singleton), stats.count / others_G)

@@ -134,20 +134,18 @@ def check_label_smoothing(loss: str, value: float) -> None:
         raise fail(loss, "label_smoothing", "a number in [0, 0.5)", repr(value), remedy)
 
 
-def reduce(loss_B: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce [B]; the mean of an empty batch is 0, with zero gradient."""
+def reduce(loss_B: Tensor, reduction: Reduction, among_B: Tensor | None = None) -> Tensor:
+    """Reduce [B]; the mean of an empty batch is 0, with zero gradient.
+
+    Where ``among_B`` is False an entry is 0 and does not count in the mean.
+    """
+    count = max(loss_B.shape[0], 1)
+    if among_B is not None:
+        loss_B, count = torch.where(among_B, loss_B, 0.0), among_B.sum().clamp(min=1)
     if reduction == "none":
         return loss_B
     total = loss_B.sum()
-    return total if reduction == "sum" else total / max(loss_B.shape[0], 1)
-
-
-def reduce_kept(loss_B: Tensor, kept_B: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce the kept entries of [B]: the others are 0 and do not count in the mean."""
-    loss_B = torch.where(kept_B, loss_B, 0.0)
-    if reduction != "mean":
-        return reduce(loss_B, reduction)
-    return loss_B.sum() / kept_B.sum().clamp(min=1)
+    return total if reduction == "sum" else total / count
 
 
 def detached(value: Tensor) -> Tensor:
@@ -160,20 +158,25 @@ def pair_output(
     chosen_rewards_B: Tensor,
     rejected_rewards_B: Tensor,
     reduction: Reduction,
+    among_B: Tensor | None = None,
     **metrics: Tensor,
 ) -> LossOutput:
-    """The result of a loss over pairs; all but the loss is detached."""
+    """The result of a loss over pairs, all or those marked; all but the loss is detached."""
     rewards = detached(chosen_rewards_B), detached(rejected_rewards_B)
     metrics = {name: detached(value) for name, value in metrics.items()}
-    return LossOutput(reduce(loss_B, reduction), *rewards, metrics)
+    return LossOutput(reduce(loss_B, reduction, among_B), *rewards, metrics)
 
 
 def unpaired_output(
-    loss_B: Tensor, rewards_B: Tensor, reduction: Reduction, **metrics: Tensor
+    loss_B: Tensor,
+    rewards_B: Tensor,
+    reduction: Reduction,
+    among_B: Tensor | None = None,
+    **metrics: Tensor,
 ) -> UnpairedOutput:
-    """The result of a loss over responses; all but the loss is detached."""
+    """The result of a loss over responses, all or those marked; all but the loss is detached."""
     metrics = {name: detached(value) for name, value in metrics.items()}
-    return UnpairedOutput(reduce(loss_B, reduction), detached(rewards_B), metrics)
+    return UnpairedOutput(reduce(loss_B, reduction, among_B), detached(rewards_B), metrics)
 
 
 def log_ratios(

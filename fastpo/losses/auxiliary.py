@@ -103,7 +103,7 @@ def rationale_rorpo(
         "rationale_rorpo", policy_chosen=out.loss, extra=extra, extra_counts=extra_counts
     )
     loss_B = loss_B + soft_logistic(gamma * mean_logprobs(extra_B, extra_counts_B))
-    return pair_output(loss_B, *out[1:3], reduction, **out.metrics)
+    return pair_output(loss_B, out.chosen_rewards, out.rejected_rewards, reduction, **out.metrics)
 
 
 def ofs_dpo(

@@ -139,13 +139,13 @@ def c_morl_barrier(
     policy_B, old_policy_B, *columns = prepare(
         "c_morl_barrier", policy=policy, old_policy=old_policy, **columns
     )
-    del columns[objective]
+    others = [column_B for j, column_B in enumerate(columns) if j != objective % len(columns)]
     # Clipped before the exponential, which is then finite for any log-ratio.
     log_ratio_B = policy_B - old_policy_B.detach()
     ratio_B = torch.exp(hold(log_ratio_B, math.log1p(-clip), math.log1p(clip)))
     loss_B = torch.zeros_like(ratio_B) * ratio_B
-    for column_B in columns:
+    for column_B in others:
         mean_return = column_B.detach().sum() / max(column_B.shape[0], 1)
         slack_B = (ratio_B - beta) * mean_return
-        loss_B = loss_B - torch.log(hold(slack_B, low=1e-3)) / (t * len(columns))
+        loss_B = loss_B - torch.log(hold(slack_B, low=1e-3)) / (t * len(others))
     return unpaired_output(loss_B, ratio_B, reduction)

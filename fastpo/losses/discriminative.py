@@ -31,7 +31,6 @@ from fastpo.losses._common import (
     check_positive,
     fail,
     mean_logprobs,
-    reduce_kept,
     unpaired_output,
 )
 from fastpo.losses._groups import batch_mean_terms, check_kl, prepare_groups
@@ -278,5 +277,4 @@ def gepo(
     centred_PG = torch.where(wins_PG, scale * (ratio_PG - wins_P[:, None]), 0.0)
     variance_P = centred_PG.square().sum(1) / (wins_PG.sum(1) - ddof).clamp(min=1)
     loss_P = -logsigmoid(beta * (wins_P - losses_P)) + variance_weight * variance_P
-    out = unpaired_output(loss_P, beta * ratio_PG, "none", kept=kept_P)
-    return out._replace(loss=reduce_kept(loss_P, kept_P, reduction))
+    return unpaired_output(loss_P, beta * ratio_PG, reduction, kept_P, kept=kept_P)

@@ -45,8 +45,8 @@ def _history_loss(
     streams = {}
     for side, (policy, ref, history) in (("chosen", chosen), ("rejected", rejected)):
         own = [name.replace("history", f"history_{side}") for name in names[2:]]
-        tensors = zip([f"policy_{side}", f"ref_{side}", *own], [policy, ref, *history], strict=True)
-        streams |= tensors
+        own = [f"policy_{side}", f"ref_{side}", *own]
+        streams |= dict(zip(own, [policy, ref, *history], strict=True))
     values_B, count = prepare(loss, **streams), len(names)
     chosen_B, rejected_B = (
         combine(dict(zip(names, side_B, strict=True)), coefficients)

@@ -24,7 +24,6 @@ from fastpo.losses._common import (
     fail,
     mean_logprobs,
     reduce,
-    reduce_kept,
     unpaired_output,
 )
 from fastpo.losses._lists import best_first, masked_mean, prepare_lists, suffix_cross_entropy
@@ -208,8 +207,7 @@ def adpo(
     if not drop_unrewarded:
         return unpaired_output(loss_B, anchored_BK, reduction)
     kept_B = (mask_BK & (scores_BK > 0)).any(1)
-    out = unpaired_output(loss_B, anchored_BK, "none", kept=kept_B)
-    return out._replace(loss=reduce_kept(loss_B, kept_B, reduction))
+    return unpaired_output(loss_B, anchored_BK, reduction, kept_B, kept=kept_B)
 
 
 def adpo_adaptive_tau(

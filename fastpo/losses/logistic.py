@@ -21,7 +21,6 @@ from fastpo.losses._common import (
     log_ratios,
     pair_output,
     prepare,
-    reduce_kept,
 )
 from fastpo.losses.margins import soft_logistic, squared
 
@@ -203,5 +202,4 @@ def mcts_dpo(
     else:
         loss_B = soft_logistic(beta * (chosen_B - rejected_B), label_B)
     kept_B = (chosen_counts_B > 0) & (rejected_counts_B > 0)
-    out = pair_output(loss_B, beta * chosen_B, beta * rejected_B, "none")
-    return out._replace(loss=reduce_kept(loss_B, kept_B, reduction))
+    return pair_output(loss_B, beta * chosen_B, beta * rejected_B, reduction, kept_B)

@@ -22,7 +22,6 @@ from fastpo.losses._common import (
     negative_log_likelihood,
     pair_output,
     prepare,
-    reduce_kept,
     unpaired_output,
 )
 from fastpo.losses.margins import soft_logistic
@@ -134,5 +133,4 @@ def crraft(policy: Trained, weights: Tensor, reduction: Reduction = "mean") -> U
     weights_B = weights_B.detach()
     kept_B = weights_B > 0
     loss_B = -weights_B * torch.where(kept_B, policy_B, 0.0)
-    out = unpaired_output(loss_B, weights_B, "none")
-    return out._replace(loss=reduce_kept(loss_B, kept_B, reduction))
+    return unpaired_output(loss_B, weights_B, reduction, kept_B)

@@ -65,7 +65,9 @@ def wpo(
     loss_B, chosen_B, rejected_B = prepare("wpo", policy_chosen=out.loss, **names)
     weights_B = (chosen_B * rejected_B).detach()
     mean = reduce(weights_B, "mean")
-    return pair_output(loss_B * weights_B, *out[1:3], reduction, weights=mean)
+    return pair_output(
+        loss_B * weights_B, out.chosen_rewards, out.rejected_rewards, reduction, weights=mean
+    )
 
 
 def madpo(
@@ -108,7 +110,9 @@ def madpo(
     loss_B, chosen_B, rejected_B = prepare("madpo", policy_chosen=out.loss, **names)
     weights_B = madpo_weights(chosen_B, rejected_B, c_max, c_min, steepness, threshold)
     mean = reduce(weights_B, "mean")
-    return pair_output(loss_B * weights_B, *out[1:3], reduction, weights=mean)
+    return pair_output(
+        loss_B * weights_B, out.chosen_rewards, out.rejected_rewards, reduction, weights=mean
+    )
 
 
 def beta_dpo(
@@ -202,7 +206,7 @@ def re_po(
     straight, swapped = {}, {}
     for part, (chosen, rejected) in pairs.items():
         names = [part + x if part[-1] == "_" else x + part for x in ("chosen", "rejected")]
-        if chosen is not None and rejected is not None and known.keys() >= set(names):
+        if chosen is not None and rejected is not None and all(name in known for name in names):
             straight |= dict(zip(names, (chosen, rejected), strict=True))
             swapped |= dict(zip(names, (rejected, chosen), strict=True))
     options |= dict(beta=beta, reduction="none")
@@ -218,4 +222,6 @@ def re_po(
     # detached.
     posteriors_B = torch.sigmoid(margin_B + torch.logit(reliability_B))
     loss_B = soft_logistic(margin_B, posteriors_B)
-    return pair_output(loss_B, *out[1:3], reduction, posteriors=posteriors_B)
+    return pair_output(
+        loss_B, out.chosen_rewards, out.rejected_rewards, reduction, posteriors=posteriors_B
+    )

@@ -172,5 +172,6 @@ def noise_errors(inputs: Residuals, segment_dim: int = -1) -> tuple[Tensor, Tens
     Fields are [N, ...], of one shape, the target [N, K, ...]; weights and mask have the shape of
     the prediction.
     """
-    errors, reference_errors = _op(*inputs[:-1], segment_dim, inputs.huber)
+    *tensors, huber = inputs
+    errors, reference_errors = _op(*tensors, segment_dim, huber)
     return errors, reference_errors if inputs.reference is not None else None

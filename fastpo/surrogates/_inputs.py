@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.operands import replaced
 from fastpo.ops._check import check_float, check_offsets, check_same_device, fail
 from fastpo.tiles import accumulation_dtype
 
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
 
     def widened(self, dtype: torch.dtype) -> Layout:
         """The same tokens with values of another dtype."""
-        return self._replace(dtype=accumulation_dtype(dtype))
+        return replaced(self, dtype=accumulation_dtype(dtype))
 
     def to_tokens(self, values_B: Tensor) -> Tensor:
         """[B, 1] of rows, or packed [N] with each sequence's value at its tokens."""

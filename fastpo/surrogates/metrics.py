@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.operands import Surrogate, SurrogateInputs
+from fastpo.operands import Surrogate, SurrogateInputs, replaced
 
 _SEQUENCE_LEVELS = ("sequence", "sequence_sum")
 
@@ -100,7 +100,7 @@ def policy_metrics(
         means = SequenceRows(*(shares_RB.sum(1) / max(B, 1)).unbind())
         # A sequence without tokens has ratio 1, and counts.
         ratios_B = shares.ratio.masked_fill(is_empty_B, 1.0)
-        means = means._replace(ratio=ratios_B.sum() / max(B, 1))
+        means = replaced(means, ratio=ratios_B.sum() / max(B, 1))
 
     metrics = {"policy_loss": policy_loss.detach(), "tokens": tokens}
     if settings.kl != "none":

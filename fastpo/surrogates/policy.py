@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.operands import Surrogate, SurrogateInputs
+from fastpo.operands import Surrogate, SurrogateInputs, replaced
 from fastpo.ops._check import check_float, fail
 from fastpo.ops.segment_sums import segment_sums
 from fastpo.ops.token_surrogate import token_surrogate
@@ -47,7 +47,7 @@ def _surrogate(
 ) -> tuple[SequenceRows, Tensor]:
     """The rows with a differentiable loss, and all of them as one tensor without gradient."""
     loss_B, rows_RB = token_surrogate(inputs, settings, mask, layout.offsets)
-    return SequenceRows(*rows_RB.unbind())._replace(loss=loss_B), rows_RB
+    return replaced(SequenceRows(*rows_RB.unbind()), loss=loss_B), rows_RB
 
 
 def _one_dtype(logprobs: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
