@@ -19,9 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.diffusion._adapters import (
+    active_adapters,
     adapter_scales,
     adapter_tensors,
+    adapters_switched,
     base_weights,
+    kept_adapters,
+    outside_adapters,
     trainability_kept,
 )
 from fastpo.ops._check import fail
@@ -204,17 +208,20 @@ class _Switched(Reference):
 
 
 class AdapterOff(_Switched):
-    """The policy itself with its adapters off: a reference without memory of its own.
+    """The policy itself without the adapter that trains: a reference without memory of its own.
 
     Args:
         policy: with adapters, a model of PEFT, or one of diffusers or transformers with
             ``disable_adapters`` and ``enable_adapters``.
+        adapter: name of the adapter that the reference keeps, such as one of supervised training
+            below the learner's; None keeps the active ones that do not train.
 
     Raises:
-        ValueError: the policy has no adapter, or none that can be switched off.
+        ValueError: the policy has no adapter, or none that can be switched off; it has none of that
+            name; or a parameter that the reference keeps trains, so that it would drift.
     """
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: nn.Module, adapter: str | None = None):
         name = "diffusion.references.AdapterOff"
         switches = ("disable_adapter", "disable_adapters")
         if not any(hasattr(policy, switch) for switch in switches):
@@ -224,19 +231,36 @@ class AdapterOff(_Switched):
         if not adapter_tensors(policy):
             remedy = "Add one with peft.get_peft_model or add_adapter, or take FrozenCopy."
             raise fail(name, "policy", "a model with an adapter", "none in it", remedy)
+        active = active_adapters(policy)
+        if adapter is not None and adapter not in active:
+            there = ", ".join(active) or "none"
+            raise fail(name, "adapter", f"an active adapter ({there})", repr(adapter), "")
+        trained = [found for found, trains in active.items() if trains]
+        if adapter in trained or (adapter is None and len(trained) > 1):
+            remedy = "Freeze the one that the reference keeps and name it, or take FrozenCopy."
+            got = f"{', '.join(trained)} in training"
+            raise fail(name, "policy", "one adapter that trains, the learner's", got, remedy)
+        self.kept = kept_adapters(policy) if adapter is None else [adapter]
         super().__init__(policy)
+        self._require_frozen()
+
+    def _require_frozen(self) -> None:
+        """That nothing trains which stays in use; again at each use, as flags may change."""
+        trained = [name for name, p in outside_adapters(self.policy).items() if p.requires_grad]
+        if trained:
+            raise fail(
+                "diffusion.references.AdapterOff",
+                "policy",
+                "a model of which only the adapter trains",
+                f"{len(trained)} parameters outside it that train, such as {trained[0]}",
+                "The reference would drift with them: freeze them, or take FrozenCopy.",
+            )
 
     @contextlib.contextmanager
     def _switch(self) -> Iterator[None]:
-        if hasattr(self.policy, "disable_adapter"):
-            with self.policy.disable_adapter():
-                yield
-            return
-        self.policy.disable_adapters()
-        try:
+        self._require_frozen()
+        with adapters_switched(self.policy, self.kept):
             yield
-        finally:
-            self.policy.enable_adapters()
 
     def refresh(self) -> None:
         """The model below the adapters does not change: an error."""
@@ -246,8 +270,10 @@ class AdapterOff(_Switched):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """Those of the policy before it had adapters."""
-        return base_weights(self.policy)
+        """Those of the policy before it had adapters, and the adapters that are kept."""
+        found = adapter_tensors(self.policy)
+        kept = {f"{name}.{key}": t for name in self.kept for key, t in found[name].items()}
+        return base_weights(self.policy) | kept
 
 
 class SecondAdapter(_Switched):

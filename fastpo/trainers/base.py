@@ -15,12 +15,26 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from fastpo.trainers.checkpoints import seal
-from fastpo.trainers.head import add_logprob_head
+from fastpo.diffusion._adapters import (
+    active_adapters,
+    adapters_switched,
+    kept_adapters,
+    merged_adapters,
+    outside_adapters,
+)
+from fastpo.trainers.checkpoints import say, seal
+from fastpo.trainers.config import ConfigError
+from fastpo.trainers.head import add_logprob_head, probing, router_loss_weight
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient became NaN or infinite; the message names the step and the rows."""
+
+
+def statistic(model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **more: Any) -> Any:
+    """A statistic of :mod:`fastpo.trainers.head`, through the (wrapped) model's forward."""
+    names = ("input_ids", "attention_mask", "labels")
+    return model(**{n: inputs[n] for n in names}, statistic=name, **more)
 
 
 class _LogBeforeSave(TrainerCallback):
@@ -68,8 +82,13 @@ class StatisticTrainer(Trainer):
             switched off: the batch carries row numbers, and a NaN must be seen.
         **kwargs: of ``transformers.Trainer``.
 
+    Attributes:
+        router_weight: of the router loss of a mixture of experts, 0 without one.
+
     Raises:
         ValueError: several GPUs in one process (``nn.DataParallel``), whose replicas lose the head.
+        ConfigError: an adapter trains that cannot: it is merged, or a learned prompt.
+        HeadError: the output layer, or a part of the model's own loss, is of an unknown kind.
     """
 
     def __init__(self, model: torch.nn.Module, args: TrainingArguments, **kwargs: Any):
@@ -79,8 +98,12 @@ class StatisticTrainer(Trainer):
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        _check_adapters(model)
         add_logprob_head(base)
+        self.router_weight = router_loss_weight(base)
         super().__init__(model=model, args=args, **kwargs)
+        self.current_gradient_accumulation_steps = 1  # Until train() counts them.
+        self._say_rounded_weights()
         self.add_callback(_LogBeforeSave())
         self._recent: list[tuple[int, Tensor, Tensor]] = []
         # Per metric the sum and the number of its values.
@@ -130,14 +153,93 @@ class StatisticTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def _say_rounded_weights(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        half = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
+        if half:
+            kind = str(half[0].dtype).removeprefix("torch.")
+            say(
+                f"weights: {len(half)} of {len(trained)} trained tensors and their optimiser "
+                f"states are {kind}, in which small updates are lost; float32 weights under bf16 "
+                "mixed precision keep them"
+            )
+
+    def policy_statistic(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **more: Any
+    ) -> tuple[Any, Tensor | float]:
+        """A statistic of the policy, and the part of the loss that its routers add, 0.0 if none."""
+        if not self.router_weight:
+            return statistic(model, inputs, name, **more), 0.0
+        found, router_loss = statistic(model, inputs, name, with_router_loss=True, **more)
+        return found, self.router_weight * router_loss
+
+    def choose_reference(self, reference: str | None) -> str:
+        """``adapter`` or ``copy`` for None, so that the reference is the model as it is now.
+
+        Args:
+            reference: ``adapter``, the model without the adapter that trains (active ones that do
+                not train stay); ``copy``, a frozen copy; another kind; or None.
+
+        Returns:
+            The kind. Without an adapter, or where the model without it would be another one, now or
+            after some training, None becomes ``copy``, with a line that says why.
+
+        Raises:
+            ConfigError: ``adapter`` without an adapter, or where parameters outside it train.
+        """
+        if not hasattr(self.model, "disable_adapter"):
+            if reference == "adapter":
+                remedy = "set lora_r, or use copy or cached."
+                raise ConfigError(f"reference: 'adapter' needs a LoRA; {remedy}")
+            return reference or "copy"
+        if reference not in (None, "adapter"):
+            return reference
+        drifting = self._drifting()
+        if drifting and reference:
+            raise ConfigError(f"reference: 'adapter' would drift: {drifting}. Use copy or cached.")
+        differs = not drifting and self.differs_without_adapter()
+        if differs:
+            what = "the model without its adapter differs from the model as it is now"
+            say(f"reference: {what}; the reference is {'the former' if reference else 'a copy'}")
+        elif drifting:
+            say(f"reference: a frozen copy, as the adapter switched off would drift: {drifting}")
+        return reference or ("copy" if drifting or differs else "adapter")
+
+    def _drifting(self) -> str:
+        """What trains and stays in use with the adapter off, in words; empty if nothing does."""
+        model = self.accelerator.unwrap_model(self.model)
+        names = [name for name, p in outside_adapters(model).items() if p.requires_grad]
+        return f"{len(names)} parameters outside it train, such as {names[0]}" if names else ""
+
+    def differs_without_adapter(self) -> bool:
+        """Whether the adapter that trains does anything: changes the log-probs of a few tokens.
+
+        By more than two runs of the same model differ. Without an adapter it does not.
+        """
+        if not hasattr(self.model, "disable_adapter"):
+            return False
+        with probing(self.model) as ids_BT:
+            values = lambda: self.model(input_ids=ids_BT, labels=ids_BT, statistic="logprobs")
+            on_BT = values()
+            with adapters_switched(self.model, kept_adapters(self.model)):
+                off_BT, again_BT = values(), values()
+        noise = (off_BT - again_BT).abs().max()
+        return not bool((on_BT - off_BT).abs().max() <= 2 * noise)
+
     @contextlib.contextmanager
     def initial_model(self, model):
-        """The model as a reference: without its adapter, if it has one, and without dropout."""
+        """The model without the adapter that trains, and without dropout.
+
+        Raises:
+            ConfigError: parameters outside the adapter were made trainable since.
+        """
+        drifting = self._drifting()
+        if drifting:
+            raise ConfigError(f"reference: 'adapter' would drift: {drifting}. Use copy or cached.")
         unwrapped, was_training = self.accelerator.unwrap_model(model), model.training
-        has_adapter = hasattr(unwrapped, "disable_adapter")
         model.eval()
         try:
-            with unwrapped.disable_adapter() if has_adapter else contextlib.nullcontext():
+            with adapters_switched(unwrapped, kept_adapters(unwrapped)):
                 yield model
         finally:
             model.train(was_training)
@@ -201,3 +303,16 @@ class StatisticTrainer(Trainer):
             f"{where} of the training data. Training stopped; nothing was saved since. Look at "
             "these rows, lower learning_rate, or train in bfloat16 or float32 rather than float16."
         )
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    """Refuse adapters that would train by nothing, or whose prompts the statistics do not know."""
+    merged = [name for name in merged_adapters(model) if name in active_adapters(model)]
+    if merged:
+        remedy = "Call unmerge_adapter(), or merge_and_unload() and train the whole model."
+        raise ConfigError(f"model: the adapter {merged[0]} is merged and would not train. {remedy}")
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        kind = type(config).__name__
+        remedy = "Use an adapter of layers, such as LoRA."
+        raise ConfigError(f"model: learned prompts ({kind}) are not supported. {remedy}")

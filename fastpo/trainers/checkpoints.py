@@ -161,15 +161,15 @@ def check_inputs(checkpoint: Path | None, inputs: Mapping[str, str]) -> None:
         raise CheckpointError(f"{checkpoint}: of a run with another {', '.join(shown)}. {remedy}")
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module, adapters: bool = False) -> str:
     """Over every parameter's name, shape, dtype, 4096 of its values, and the sum of all its bits.
 
     The sum is of integers: no order of adding and no device gives another one. Adapters are left
-    out: they do not belong to the base model.
+    out unless asked for: they do not belong to the base model.
     """
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
+        if "lora_" in name and not adapters:
             continue
         bits = parameter.detach().flatten().view(_BITS[parameter.element_size()])
         sample = bits[:: max(1, bits.numel() // _SAMPLES)][:_SAMPLES].cpu().numpy()

@@ -60,7 +60,10 @@ class RunConfig:
     accumulation: int = option(1, "Forwards per optimiser step.", COUNT)
     seed: int = option(42, "Of shuffling, dropout, the held-out rows and new adapters.", SEED)
     dtype: str = option(
-        "auto", "Type of the weights: auto (as stored) or one of torch.", choices=DTYPES
+        "auto",
+        "Type of the weights: one of torch, or auto: as stored, and float32 with bf16 mixed "
+        "precision to train a whole model.",
+        choices=DTYPES,
     )
     lora_r: int = option(0, "Rank of a LoRA; 0 trains the whole model.", NOT_NEGATIVE)
     lora_alpha: float = option(32.0, "Scale of the LoRA: alpha / r.", "(0, inf)")

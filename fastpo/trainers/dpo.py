@@ -16,7 +16,7 @@ from fastpo import losses
 from fastpo.inputs import Input, inputs_of, plain
 from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
-from fastpo.trainers.base import StatisticTrainer
+from fastpo.trainers.base import StatisticTrainer, statistic
 from fastpo.trainers.head import Reference, shift_labels
 from fastpo.trainers.options import ConfigError, typed, value_hints
 
@@ -182,7 +182,7 @@ class DPOTrainer(StatisticTrainer):
     pair: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (the
     loss's implicit rewards), and ``logps/margins`` (nats) and ``logps/accuracies`` (share of pairs
     whose chosen completion has the higher summed log-prob under the policy alone), and the metrics
-    of the loss.
+    of the loss. Where a mixture of experts has a router loss, it is added, with its weight.
 
     The loss gets, by its arguments' names: summed log-probs and token counts of the responses, and
     every column of the rows that is named as one of its arguments (:func:`columns_of`): ``label``,
@@ -197,10 +197,11 @@ class DPOTrainer(StatisticTrainer):
         args: training arguments; the batch size counts pairs.
         loss: name of a loss over pairs in ``fastpo.losses``, or a function with such arguments.
         loss_options: of this function, such as ``beta``.
-        reference: ``adapter`` (the model with its adapter disabled), ``copy`` (a frozen copy of the
-            model as it is now), or ``cached`` (columns ``ref_chosen`` and ``ref_rejected`` of the
-            datasets). None is ``adapter`` for a PeftModel, else ``copy``. Losses without a
-            reference ignore it.
+        reference: ``adapter`` (the model with the adapter that trains disabled), ``copy`` (a frozen
+            copy of the model as it is now), or ``cached`` (columns ``ref_chosen`` and
+            ``ref_rejected`` of the datasets). None is ``adapter`` for a PeftModel which is the
+            model as it is now without that adapter and of which nothing else trains, else
+            ``copy``. Losses without a reference ignore it.
         **kwargs: of ``transformers.Trainer``; ``data_collator`` is a
             :class:`fastpo.data.tokens.PairCollator`.
 
@@ -224,21 +225,16 @@ class DPOTrainer(StatisticTrainer):
         self.loss = loss
         self.loss_options = loss_arguments(loss, **(loss_options or {}))
         self.loss_inputs = inputs_of(loss_function(loss)).keys()
-        has_adapter = hasattr(model, "disable_adapter")
-        reference = reference or ("adapter" if has_adapter else "copy")
-        if reference not in REFERENCES:
+        if reference not in (None, *REFERENCES):
             expected = ", ".join(REFERENCES)
             raise ConfigError(f"reference: expected one of {expected}, got {reference!r}.")
-        if reference == "adapter" and not has_adapter:
-            raise ConfigError(
-                "reference: 'adapter' needs a LoRA; set lora_r, or use copy or cached."
-            )
         super().__init__(model, args, compute_metrics=_evaluation_metrics, **kwargs)
         self.model_accepts_loss_kwargs = False
         plainer = plain(loss_function(loss), self.loss_options)
         if plainer and self.is_world_process_zero():
             print(f"loss: {_name(loss)} with these options is {plainer}", flush=True)
-        self.reference = reference if self.loss_inputs & {*REFERENCE, *KLS} else None
+        needs_reference = bool(self.loss_inputs & {*REFERENCE, *KLS})
+        self.reference = self.choose_reference(reference) if needs_reference else None
         self.needs_kl = bool(self.loss_inputs & set(KLS))
         if self.needs_kl and reference == "cached":
             remedy = "Use adapter or copy: stored log-probs are of single tokens."
@@ -259,18 +255,23 @@ class DPOTrainer(StatisticTrainer):
             ref_sums, reference = self.reference_statistics(model, inputs, mask)
             given |= zip(REFERENCE, ref_sums.chunk(responses), strict=False)
         if self.needs_kl:
-            both = statistic(model, inputs, "logprobs_and_kl", reference=reference)
+            both, router_loss = self.policy_statistic(
+                model, inputs, "logprobs_and_kl", reference=reference
+            )
             sums, kls = (sequence_sums(x_BT, mask=mask).chunk(responses) for x_BT in both)
             given |= zip(KLS, kls, strict=False)
         else:
-            sums = sum_logprobs(model, inputs, mask).chunk(responses)
+            logprobs_BT, router_loss = self.policy_statistic(model, inputs, "logprobs")
+            sums = sequence_sums(logprobs_BT, mask=mask).chunk(responses)
         given |= zip(POLICY, sums, strict=False)
         out = self.pair_loss(given, inputs)
+        loss = out.loss + router_loss
         values_P4 = torch.stack([*sums[:2], out.chosen_rewards, out.rejected_rewards], 1).detach()
         if model.training:
             own = {name: value.float().mean() for name, value in out.metrics.items()}
-            self.record(inputs, out.loss, pair_metrics(values_P4) | own)
-        return (out.loss, values_P4) if return_outputs else out.loss
+            own |= {"router_loss": router_loss} if self.router_weight else {}
+            self.record(inputs, loss, pair_metrics(values_P4) | own)
+        return (loss, values_P4) if return_outputs else loss
 
     def pair_loss(self, given: dict[str, Any], inputs: dict[str, Tensor]) -> LossOutput:
         """The loss of a batch; where a subclass adds inputs that depend on it, such as its state.
@@ -302,12 +303,6 @@ class DPOTrainer(StatisticTrainer):
         inputs = self._prepare_inputs(inputs)
         loss, values_P4 = self.compute_loss(model, inputs, return_outputs=True)
         return loss, values_P4, inputs["index"]
-
-
-def statistic(model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **more: Any) -> Any:
-    """A statistic of :mod:`fastpo.trainers.head`, through the (wrapped) model's forward."""
-    names = ("input_ids", "attention_mask", "labels")
-    return model(**{n: inputs[n] for n in names}, statistic=name, **more)
 
 
 def sum_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from fastpo import advantages, surrogates
 from fastpo.data.tokens import IGNORED
 from fastpo.inputs import inputs_of
 from fastpo.sequences import sequence_sums
-from fastpo.trainers.base import StatisticTrainer
+from fastpo.trainers.base import StatisticTrainer, statistic
 from fastpo.trainers.config import ConfigError
-from fastpo.trainers.dpo import statistic
 from fastpo.trainers.grpo_batches import Batch, GenerationOrder, GroupCollator, WholeGenerations
 from fastpo.trainers.grpo_rewards import RewardError
 from fastpo.trainers.grpo_rollouts import Group, Rollout
@@ -60,8 +59,10 @@ class GRPOTrainer(StatisticTrainer):
             policy to the reference), ``reward_weights``.
         advantage_options: further arguments of it. ``beta`` of a method that takes ``kl``, such as
             rloo, weighs the KL in the reward; 0 leaves it out, and the reference with it.
-        reference: ``adapter`` (the model with its adapter disabled) or ``copy`` (a frozen copy of
-            the model as it is now), made only if needed. None is ``adapter`` for a PeftModel.
+        reference: ``adapter`` (the model with the adapter that trains disabled) or ``copy`` (a
+            frozen copy of the model as it is now), made only if needed. None is ``adapter`` for a
+            PeftModel which is the model as it is now without that adapter and of which nothing
+            else trains, else ``copy``.
         behaviour: who wrote the completions, whose log-probs are the old ones: ``policy``, the
             model as it is at the generation, or ``initial``, the reference.
         steps_per_generation: optimiser steps that share the prompts of a generation out.
@@ -164,14 +165,10 @@ class GRPOTrainer(StatisticTrainer):
             raise ConfigError(f"loss or advantage: {error} {remedy}") from error
 
     def _reference(self, reference: str | None) -> torch.nn.Module | None:
-        has_adapter = hasattr(self.model, "disable_adapter")
-        reference = reference or ("adapter" if has_adapter else "copy")
-        if reference not in ("adapter", "copy"):
+        if reference not in (None, "adapter", "copy"):
             raise ConfigError(f"reference: expected adapter or copy, got {reference!r}.")
-        if reference == "adapter" and not has_adapter:
-            raise ConfigError("reference: 'adapter' needs a LoRA; set lora_r, or use copy.")
         is_used = self.has_kl or self.behaviour == "initial" or "kl" in self.advantage_inputs
-        if reference == "adapter" or not is_used:
+        if not is_used or self.choose_reference(reference) == "adapter":
             return None
         frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
         return self.accelerator.prepare_model(frozen, evaluation_mode=True)
@@ -320,21 +317,23 @@ class GRPOTrainer(StatisticTrainer):
 
     def _logprobs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         with self.compute_loss_context_manager():
-            parts = [self._statistic(model, b, "logprobs") for b in self._forwards(batch)]
+            options = {"temperature": self.temperature}
+            parts = [statistic(model, b, "logprobs", **options) for b in self._forwards(batch)]
         return torch.cat(parts).float()
 
-    def _statistic(self, model: torch.nn.Module, batch: Batch, name: str) -> Any:
-        return statistic(model, batch, name, temperature=self.temperature)
-
     def _forwards(self, batch: Batch) -> list[Batch]:
-        """The batch in pieces of ``forward_rows`` completions; what is not per row is in each."""
+        """The batch in pieces of ``forward_rows`` completions; what is not per row is in each.
+
+        Beside it ``share``, how much of the batch's completions a piece holds.
+        """
         rows = len(batch["labels"])
         size = self.forward_rows or rows
         is_row = lambda value: isinstance(value, Tensor) and value.ndim > 0
-        return [
+        pieces = (
             {name: v[i : i + size] if is_row(v) else v for name, v in batch.items()}
             for i in range(0, rows, size)
-        ]
+        )
+        return [piece | {"share": len(piece["labels"]) / rows} for piece in pieces]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forwards and backwards of a batch; gradients are reduced with the last one."""
@@ -348,7 +347,9 @@ class GRPOTrainer(StatisticTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This batch's share of the loss of an optimiser step."""
         entropy_BT, name = None, "logprobs_and_entropy" if self.has_entropy else "logprobs"
-        logprobs_BT = self._statistic(model, inputs, name)
+        logprobs_BT, router_loss = self.policy_statistic(
+            model, inputs, name, temperature=self.temperature
+        )
         if self.has_entropy:
             logprobs_BT, entropy_BT = logprobs_BT
         constants = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -369,8 +370,12 @@ class GRPOTrainer(StatisticTrainer):
         )
         left_out = _TOTALS if "old_logprobs" in inputs else (*_TOTALS, *_OF_RATIO)
         metrics = {n: v.float() for n, v in out.metrics.items() if not n.startswith(left_out)}
-        self.record(inputs, out.loss, inputs["metrics"] | metrics)
-        return (out.loss, out) if return_outputs else out.loss
+        metrics |= {"router_loss": router_loss} if self.router_weight else {}
+        # A mean over the batches of the step and their pieces, as the Trainer divides nothing.
+        share = inputs.get("share", 1.0) / self.current_gradient_accumulation_steps
+        loss = out.loss + share * router_loss
+        self.record(inputs, loss, inputs["metrics"] | metrics)
+        return (loss, out) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean reward of completions of the held-out prompts; the same seed each time.

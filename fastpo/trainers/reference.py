@@ -36,8 +36,9 @@ def _rows_digest(rows: Dataset) -> str:
 def fingerprint(trainer: DPOTrainer, rows: Dataset) -> dict[str, str]:
     """What cached values depend on, by part: model, data and settings."""
     settings = {"mixed_precision": trainer.accelerator.mixed_precision}
+    model = trainer.accelerator.unwrap_model(trainer.model)
     return {
-        "model": weights_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "model": weights_digest(model, adapters=trainer.differs_without_adapter()),
         "data": _rows_digest(rows),
         "settings": json.dumps(settings, sort_keys=True),
     }
@@ -70,7 +71,7 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
     """``rows`` with ``ref_chosen``, ``ref_rejected`` (and ``ref_extra``), cached or computed.
 
     Args:
-        trainer: whose model is the reference, before any training step.
+        trainer: whose model, as it is, is the reference, before any training step.
         rows: of :func:`fastpo.data.tokens.tokenize_rows`.
         name: of these rows, ``train`` or ``eval``.
         folder: of the run.
@@ -84,8 +85,7 @@ def add_cached(trainer: DPOTrainer, rows: Dataset, name: str, folder: str | Path
     if path.exists():
         values_PR = _read(path, expected)
     else:
-        with trainer.initial_model(trainer.model):
-            values_PR = compute(trainer, rows)
+        values_PR = compute(trainer, rows)
         bad = (~values_PR.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             numbers = [rows[i]["row"] for i in bad[:10]]

@@ -17,6 +17,7 @@ from fastpo.data.formats import PAIR_FIELDS, TEMPLATE_COLUMNS, near_name, rename
 from fastpo.data.records import iterate_rows, load_rows, split_by_prompt
 from fastpo.data.tokens import TokenReport, tokenize_rows
 from fastpo.inputs import inputs_of
+from fastpo.trainers.base import say
 from fastpo.trainers.config import ConfigError, DPOConfig, RunConfig
 from fastpo.trainers.dpo import (
     COUNTS,
@@ -28,12 +29,6 @@ from fastpo.trainers.dpo import (
     loss_function,
     require_inputs,
 )
-
-
-def say(text: str) -> None:
-    """Print a line, once for all ranks."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 def source_of(config: RunConfig, is_eval: bool = False) -> dict[str, Any]:

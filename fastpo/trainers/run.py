@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -23,11 +24,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.formats import COMPLETION_FIELDS, TEMPLATE_COLUMNS
 from fastpo.data.records import split_by_prompt
 from fastpo.data.tokens import CompletionCollator, PairCollator
 from fastpo.trainers import reference
+from fastpo.trainers.base import say
 from fastpo.trainers.checkpoints import (
     check_inputs,
     digest_of,
@@ -56,7 +59,7 @@ from fastpo.trainers.grpo_rollouts import (
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.lora import lora_config
 from fastpo.trainers.options import items, near, typed, value_hints
-from fastpo.trainers.rows import load_data, pair_columns, say, say_unused, source_of
+from fastpo.trainers.rows import load_data, pair_columns, say_unused, source_of
 from fastpo.trainers.sft import SFTTrainer
 from fastpo.trainers.stops import SaveAndStop, Signals, Stopped
 
@@ -73,12 +76,40 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def stored_half(config: RunConfig) -> str:
+    """bfloat16 or float16 if a whole model that is stored so is to be trained; else empty.
+
+    AdamW moves most weights by less than half a step of bfloat16, which is 1/256 of the weight:
+    the weights that are trained are float32 then, and the forward runs in mixed precision.
+    """
+    if config.lora_r or config.dtype != "auto":
+        return ""
+    dtype = AutoConfig.from_pretrained(config.model).get_text_config().dtype
+    return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else ""
+
+
+def _mixed_precision(config: RunConfig, given: dict[str, Any]) -> dict[str, bool]:
+    """bfloat16 mixed precision for what is stored in half precision, where the device has it."""
+    if not stored_half(config) or given.keys() & {"bf16", "fp16"}:
+        return {}
+    if given.get("use_cpu") or not torch.accelerator.is_available():
+        return {"bf16": True, "use_cpu": True}  # TrainingArguments takes it on a CPU by name only.
+    return {"bf16": is_torch_bf16_gpu_available()}
+
+
 def load_model(config: RunConfig) -> torch.nn.Module:
-    """The causal LM of a config with the fused head, in a ``PeftModel`` if it asks for a LoRA."""
+    """The causal LM of a config with the fused head, in a ``PeftModel`` if it asks for a LoRA.
+
+    The weights are as stored (``dtype``), float32 where :func:`stored_half` says so.
+    """
     if (Path(config.model) / "adapter_config.json").exists():
         remedy = "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
         raise ConfigError(f"model: {config.model} holds an adapter only. {remedy}")
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
+    dtype, stored = config.dtype, stored_half(config)
+    if stored:
+        dtype = "float32"
+        say(f"weights: stored in {stored}, trained and saved in float32, so that no update is lost")
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
     model.config.use_cache = False
     add_logprob_head(model)
     if not config.lora_r:
@@ -123,7 +154,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise ConfigError(f"schedule: no such schedule as {config.schedule!r}; {hint}")
     more = typed(config.trainer, value_hints(TrainingArguments), of="trainer")
     try:
-        return TrainingArguments(**(options | more))
+        return TrainingArguments(**(options | _mixed_precision(config, more) | more))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
 

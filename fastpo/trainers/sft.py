@@ -14,7 +14,8 @@ from fastpo.trainers.base import StatisticTrainer
 class SFTTrainer(StatisticTrainer):
     """``transformers.Trainer`` on completions: mean NLL per completion token, without logits.
 
-    The mean is over all tokens of an optimiser step, across accumulated batches and ranks.
+    The mean is over all tokens of an optimiser step, across accumulated batches and ranks. Where a
+    mixture of experts has a router loss, its weighted mean over these batches is added.
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
@@ -32,14 +33,15 @@ class SFTTrainer(StatisticTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Summed NLL over ``num_items_in_batch`` tokens, nats."""
-        names = ("input_ids", "attention_mask", "labels")
-        nll_sum = model(**{name: inputs[name] for name in names}, statistic="nll_sum")
+        nll_sum, router_loss = self.policy_statistic(model, inputs, "nll_sum")
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-        elif self.args.average_tokens_across_devices:
-            # The count is over all ranks, and gradients are averaged over them.
-            nll_sum = nll_sum * self.accelerator.num_processes
-        loss = nll_sum / num_items_in_batch
+        else:
+            router_loss = router_loss / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                # The count is over all ranks, and gradients are averaged over them.
+                nll_sum = nll_sum * self.accelerator.num_processes
+        loss = nll_sum / num_items_in_batch + router_loss
         if model.training:
             self.record(inputs, loss, {})
         return (loss, (loss,)) if return_outputs else loss

@@ -17,6 +17,7 @@ from fastpo.trainers import dpo, run
 from fastpo.trainers.base import NonFiniteLossError
 from fastpo.trainers.dpo import DPOTrainer, loss_arguments, pair_losses
 from fastpo.trainers.head import add_logprob_head
+from fastpo.trainers.output_layer import HeadError
 
 
 def load(options):
@@ -325,12 +326,12 @@ def test_adapter_reference_is_the_base_model(options, targets):
     pytest.importorskip("peft")
     base = load(options)
     model = load(options | {"lora_r": 2, "lora_targets": targets})
+    subject = trainer(options, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.05)
     inputs = batch(options)
-    subject = trainer(options, model)
     assert subject.reference == "adapter"
     got = subject.compute_loss(model, inputs)
     torch.testing.assert_close(got, plain_dpo(model, base, inputs), rtol=1e-5, atol=1e-6)
@@ -408,7 +409,7 @@ def test_unknown_head_is_refused(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.lm_head.__class__ = Odd
     model.lm_head.weight.data.mul_(20)
-    with pytest.raises(ValueError, match="log-probs of the fused head differ"):
+    with pytest.raises(HeadError, match=r"the output head is a .*\.Odd, and the fused head serves"):
         add_logprob_head(model)
 
 
