@@ -157,12 +157,12 @@ def test_vector_of_dense_dpo(norm, want, cast, check):
 def test_vectors_of_inversion_dpo(cast, check):
     errors = cast([[0.02, 0.05]]), cast([[0.04, 0.03]])
     alphas_cumprod, options = cast([0.9, 0.6]), dict(beta=20.0)
-    out = losses.inversion_dpo(*errors, alphas_cumprod, **options)
-    check(out.loss, 0.7071325170)
-    check(out.rejected_rewards - out.chosen_rewards, [0.0027777778 * 10])
-    published = losses.inversion_dpo(*errors, alphas_cumprod, **options, published_sign=True)
+    published = losses.inversion_dpo(*errors, alphas_cumprod, **options)
     check(published.loss, 0.6793547392)
     check(published.rejected_rewards - published.chosen_rewards, [0.0027777778 * 10])
+    derived = losses.inversion_dpo(*errors, alphas_cumprod, **options, published_sign=False)
+    check(derived.loss, 0.7071325170)
+    check(derived.rejected_rewards - derived.chosen_rewards, [0.0027777778 * 10])
 
 
 def test_vectors_of_seppo(cast, check):
@@ -216,11 +216,11 @@ def test_published_inversion_dpo_drives_the_chosen_away_from_the_reference():
         torch.tensor([[[0.02, 0.05]], [[0.04, 0.03]]]),
         torch.tensor([0.9, 0.6]),
     )
-    ours, _ = gradients(lambda *e: losses.inversion_dpo(*e, alphas_cumprod), *errors)
-    published, _ = gradients(
-        lambda *e: losses.inversion_dpo(*e, alphas_cumprod, published_sign=True), *errors
+    derived, _ = gradients(
+        lambda *e: losses.inversion_dpo(*e, alphas_cumprod, published_sign=False), *errors
     )
-    assert (ours > 0).all()
+    published, _ = gradients(lambda *e: losses.inversion_dpo(*e, alphas_cumprod), *errors)
+    assert (derived > 0).all()
     assert (published < 0).all()
 
 

@@ -47,6 +47,8 @@ def dense(*errors, **options):
 
 
 def inversion(chosen, rejected, *_, **options):
+    """With the sign of the derivation, under which fewer errors of the chosen are better."""
+    options["published_sign"] = False
     return losses.inversion_dpo(
         *per_segment((chosen, rejected)), torch.tensor([0.9, 0.6]), **options
     )
@@ -219,17 +221,19 @@ def test_inversion_dpo_is_dpo_whose_reference_has_no_error(pairs):
     weights, zero = 1 / (2 * torch.tensor([0.9, 0.6, 0.8])), torch.zeros(1, dtype=torch.float64)
     errors = [(weights * x).mean()[None] for x in pairs[:2]]
     alphas_cumprod = torch.tensor([0.9, 0.6, 0.8])
-    out = losses.inversion_dpo(pairs[:1], pairs[1:2], alphas_cumprod, beta=3.0)
+    options = {"beta": 3.0, "published_sign": False}
+    out = losses.inversion_dpo(pairs[:1], pairs[1:2], alphas_cumprod, **options)
     want = losses.dpo(*errors, zero, zero, beta=3.0)
     torch.testing.assert_close(out[:3], want[:3])
-    per_pair = losses.inversion_dpo(pairs[:1], pairs[1:2], alphas_cumprod[None], beta=3.0)
+    per_pair = losses.inversion_dpo(pairs[:1], pairs[1:2], alphas_cumprod[None], **options)
     assert torch.equal(per_pair.loss, out.loss)
 
 
 def test_published_sign_of_inversion_dpo_is_a_swap(pairs):
     chosen, rejected, alphas_cumprod = pairs[:1], pairs[1:2], torch.tensor([0.9, 0.6, 0.8])
-    published = losses.inversion_dpo(chosen, rejected, alphas_cumprod, published_sign=True)
-    assert torch.equal(published.loss, losses.inversion_dpo(rejected, chosen, alphas_cumprod).loss)
+    published = losses.inversion_dpo(chosen, rejected, alphas_cumprod)
+    derived = losses.inversion_dpo(rejected, chosen, alphas_cumprod, published_sign=False)
+    assert torch.equal(published.loss, derived.loss)
 
 
 def test_contrast_is_the_unpaired_form_of_both_sides(pairs):
