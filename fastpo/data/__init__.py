@@ -1,6 +1,7 @@
 """Training data: reading and tokenising rows, and turning scores into pairs, lists and stages.
 
-``records`` and ``tokens`` read data for the trainers and need ``datasets`` and ``transformers``.
+``records`` and ``tokens`` read data for the trainers and need ``datasets`` and ``transformers``;
+``formats`` turns rows as people have them into prompts and completions.
 The other modules are pure functions of tensors and need torch only: what judges say as numbers
 (``scores``, ``win_rates``), scores to pairs (``pairs``, ``rules``, ``self_rewarding``), right and
 wrong to pairs (``verdicts``), search trees (``search``, ``trees``), the order in which pairs are

@@ -69,18 +69,18 @@ def check_row(row: Mapping[str, Any], fields: Sequence[str], where: str) -> str:
 
 
 def near_name(name: str, others: Iterable[str]) -> str | None:
-    """That of some names which ``name`` may mean: the same words in another order, or a typo.
+    """That of some names which ``name`` may mean: its words in another order or among more; a typo.
 
     Example:
         >>> near_name("chosen_scores", ["prompt_id", "score_chosen"])
         'score_chosen'
     """
-    words = lambda text: sorted(word.rstrip("s") for word in text.lower().split("_"))
-    others = list(others)
+    words = lambda text: {word.rstrip("s") for word in text.lower().split("_")}
+    others = sorted(others, key=lambda other: len(words(other)))
     for other in others:
-        if words(other) == words(name) or other in _ALIASES.get(name, ()):
+        if words(name) <= words(other) or other in _ALIASES.get(name, ()):
             return other
-    return next(iter(difflib.get_close_matches(name, others, 1, 0.75)), None)
+    return next(iter(difflib.get_close_matches(name, others, 1, 0.85)), None)
 
 
 def renames(missing: Iterable[str], found: Sequence[str]) -> str:

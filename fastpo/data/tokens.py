@@ -236,6 +236,12 @@ def _encode(
     return encode_row(row, fields, tokenizer, max_length)
 
 
+def _is_number(feature: Any) -> bool:
+    """Whether a column holds numbers, or lists of them."""
+    dtype = getattr(getattr(feature, "feature", feature), "dtype", "")
+    return dtype.startswith(("int", "uint", "float", "bool"))
+
+
 def tokenize_rows(
     rows: Dataset,
     fields: Sequence[str],
@@ -258,16 +264,15 @@ def tokenize_rows(
         num_proc: processes that share the work; None for this one alone.
 
     Returns:
-        A dataset with ``<field>_ids`` per field, ``row``, ``index`` (0, 1, ...) and the columns of
-        numbers of ``rows``; and the report.
+        A dataset with ``<field>_ids`` per field, ``index`` (0, 1, ...) and the columns of numbers
+        of ``rows``, such as ``row``; and the report.
 
     Raises:
         DataError: a row gives no tokens, all pairs are left out, or ``max_length`` is below 2.
     """
     if max_length < 2:
         raise DataError(f"max_length: expected at least 2 tokens, got {max_length}.")
-    texts = {*fields, "kind", "template", "unused"} & {*rows.column_names}
-    kept = {"row", *(name for name in rows.column_names if name not in texts)}
+    numbers = {name for name, feature in rows.features.items() if _is_number(feature)} - {*fields}
     code = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
     parts = [rows._fingerprint, *fields, tokenizer, tokenizer.chat_template, max_length, code]
     fingerprint = Hasher.hash([Hasher.hash(part) for part in parts])
@@ -276,7 +281,7 @@ def tokenize_rows(
     tokens = rows.map(
         _encode,
         fn_kwargs={"fields": fields, "tokenizer": tokenizer, "max_length": max_length},
-        remove_columns=sorted(texts),
+        remove_columns=[name for name in rows.column_names if name not in numbers],
         num_proc=num_proc,
         new_fingerprint=fingerprint,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
@@ -289,8 +294,8 @@ def tokenize_rows(
     identical = len(tokens) - len(different)
     tokens = tokens.select(different) if identical else tokens
     report = TokenReport.of(tokens, identical)
-    ids = {f"{field}_ids" for field in fields}
-    tokens = tokens.select_columns([n for n in tokens.column_names if n in ids | kept])
+    wanted = {f"{field}_ids" for field in fields} | numbers
+    tokens = tokens.select_columns([name for name in tokens.column_names if name in wanted])
     return tokens.add_column("index", list(range(len(tokens)))), report
 
 

@@ -16,7 +16,7 @@ __all__ = [
 # May differ between a run and its continuation; all else would make it another run.
 FREE_ON_RESUME = (
     "output", "resume", "resume_from", "epochs", "max_steps", "logging_steps", "eval_steps",
-    "save_steps", "save_total_limit", "tensorboard", "progress", "reward_seconds",
+    "save_steps", "save_total_limit", "tensorboard", "progress", "reward_seconds", "num_proc",
 )  # fmt: skip
 Resume = bool | Literal["auto"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")

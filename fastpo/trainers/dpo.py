@@ -118,7 +118,7 @@ def _refusal(inputs: dict[str, Input], available: set[str]) -> str:
         if x.is_trained and name not in POLICY:
             return f"{makes}. It is trained and not computed here: {_SUBCLASS}"
         if name in ("extra", "extra_counts", "ref_extra"):
-            return f"{makes}. Give the rows a column extra_ids, a further response to each prompt"
+            return f"{makes}. Give the rows a column extra, a further response to each prompt"
         if name in REFERENCE:
             return f"{makes}. Set reference, or give the rows a column {name} of log-probs"
         kind = "a list" if x.is_sequence else "a number"

@@ -289,6 +289,8 @@ def test_columns_of_numbers(tmp_path, row, message):
 def test_near_names():
     assert near_name("chosen_scores", ["prompt_id", "score_chosen"]) == "score_chosen"
     assert near_name("ref_chosen", ["ref_chosen_logps"]) == "ref_chosen_logps"
+    assert near_name("ref_chosen", ["score_chosen"]) is None
+    assert near_name("rejected", ["chosen", "rejcted"]) == "rejcted"
     assert near_name("tools", ["tool"]) == "tool"
     assert near_name("prompt", ["id", "question"]) == "question"
     assert near_name("chosen_scores", ["id", "source"]) is None

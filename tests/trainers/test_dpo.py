@@ -290,7 +290,7 @@ def test_a_divergence_needs_the_reference_itself(options):
     ("loss", "message"),
     [
         ("sppo", "sppo needs chosen_win_rates. Give the rows a column chosen_win_rates, a number"),
-        ("selm", "selm needs extra. Give the rows a column extra_ids, a further response"),
+        ("selm", "selm needs extra. Give the rows a column extra, a further response"),
         ("modpo", "modpo needs chosen_margins. Give the rows a column chosen_margins, a list per"),
     ],
 )
