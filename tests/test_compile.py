@@ -1,5 +1,8 @@
 """The ops under torch.compile, opcheck, vmap-free tracing and export: one node, right shapes."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -187,3 +190,20 @@ def test_export():
     arguments = tuple(t.detach() for t in sample(False))
     program = torch.export.export(Scorer(), arguments)
     assert torch.equal(program.module()(*arguments), Scorer()(*arguments))
+
+
+TRACED = ("losses", "advantages", "surrogates", "weights", "metrics", "diffusion")
+
+
+@pytest.mark.parametrize("part", TRACED)
+def test_nothing_that_stops_dynamo_before_torch_2_13(part):
+    """``_replace`` and ``_asdict`` of NamedTuples, and ``isinstance`` of a union."""
+    for path in (Path(fastpo.__file__).parent / part).rglob("*.py"):
+        if "data" in path.parts or path.name == "accumulate.py":  # never traced
+            continue
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call):
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                assert name not in ("_replace", "_asdict"), f"{path}:{call.lineno}"
+                union = name == "isinstance" and isinstance(call.args[1], ast.BinOp)
+                assert not union, f"{path}:{call.lineno}"

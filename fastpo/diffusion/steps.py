@@ -327,7 +327,7 @@ def _checked_step(
     given = Step(
         *(
             per_sample(name, f"step.{field}", numbers, prediction, acc)
-            for field, numbers in step._asdict().items()
+            for field, numbers in zip(Step._fields, step, strict=True)
         )
     )
     has_N = given.has_density(acc)

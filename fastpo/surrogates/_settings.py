@@ -91,7 +91,7 @@ def _check_values(function: str, settings: Surrogate) -> None:
 
 def _numbers(function: str, options: dict) -> dict[str, float]:
     for name, value in options.items():
-        if name in _RANGES and not isinstance(value, int | float):
+        if name in _RANGES and not isinstance(value, (int, float)):
             raise fail(function, name, "a number", repr(value), "Call .item() on a tensor.")
     return {name: float(value) for name, value in options.items() if name in _RANGES}
 

@@ -109,7 +109,7 @@ def _sum_and_count(
 
 
 def _check_entropy(entropy: Tensor | None, entropy_coef: float, layout: Layout) -> None:
-    if not (isinstance(entropy_coef, int | float) and math.isfinite(entropy_coef)):
+    if not (isinstance(entropy_coef, (int, float)) and math.isfinite(entropy_coef)):
         raise fail(_POLICY, "entropy_coef", "a finite number", repr(entropy_coef), "")
     if entropy is None:
         if entropy_coef:
