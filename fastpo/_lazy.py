@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
+
+# A program says in one line that torch is missing; what is imported raises as it always does.
+if find_spec("torch") is None and Path(sys.argv[0] if sys.argv else "").name in ("-m", "fastpo"):
+    raise SystemExit("fastpo: torch is not installed. Remedy: pip install torch")
 
 
 def submodules(package: str) -> Callable[[str], ModuleType]:

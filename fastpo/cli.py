@@ -15,6 +15,7 @@ try:
         ConfigError,
         build,
         near,
+        one_line,
         option,
         parse_flags,
         read_yaml,
@@ -70,12 +71,21 @@ def _train(action: str, module: str = "run") -> Callable[[Any], None]:
     return run
 
 
+def _texts(value: Any) -> list[str]:
+    """A text, or those of a list of messages."""
+    messages = value if isinstance(value, list) else [value]
+    contents = (m.get("content") if isinstance(m, dict) else m for m in messages)
+    return [content for content in contents if isinstance(content, str)]
+
+
 def _init_model(config: InitConfig) -> None:
     from fastpo.data.records import read_jsonl
     from fastpo.trainers import scratch
 
-    rows = [row for _, row in read_jsonl(config.data)]
-    texts = [text for row in rows for text in row.values() if isinstance(text, str)]
+    rows = (row for _, row in read_jsonl(config.data))
+    texts = [text for row in rows for value in row.values() for text in _texts(value)]
+    if not texts:
+        raise ConfigError(f"data: no text in {config.data}; the tokenizer is trained on texts.")
     model = scratch.init_model(
         config.output, texts, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
         layers=config.layers, heads=config.heads, max_length=config.max_length, seed=config.seed,
@@ -193,14 +203,17 @@ def _stop(line: str, code: int) -> SystemExit:
     return stop
 
 
+# How the system, torch and its archives say that a disk is full.
+_FULL = ("No space left", "PytorchStreamWriter", "unexpected pos", "iostream error")
+
+
 def _line(error: Exception) -> str:
     """The one line on a known error; empty for an unexpected one, whose traceback is wanted."""
-    family = type(error).__module__.partition(".")[0]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'input or output'}: {error.strerror}."
-    if isinstance(error, OSError) or family in ("fastpo", "huggingface_hub", "jinja2"):
-        return " ".join(str(error).split())
-    return ""
+    family, text = type(error).__module__.partition(".")[0], one_line(error)
+    if any(words in text for words in _FULL):
+        return f"No space left on device, or the file cannot be written ({text})."
+    known = isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+    return text if known or family in ("fastpo", "huggingface_hub", "jinja2") else ""
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -20,9 +20,12 @@ def report() -> str:
     if torch.cuda.is_available():
         lines += [f"device   {torch.cuda.get_device_name()}"]
     lines += [f"threads  {torch.get_num_threads()}"]
+    missing = "no GPU is found" if torch.version.cuda else "torch is built without CUDA"
     for device in ("cpu", "cuda"):
+        usable = device == "cpu" or torch.cuda.is_available()
+        here = "available" if usable else f"built, but {missing}"
         for name in backends.NAMES:
-            lines += [f"{device:5} {name:10} {backends.why_not(name, device) or 'available'}"]
+            lines += [f"{device:5} {name:10} {backends.why_not(name, device) or here}"]
     return "\n".join(lines)
 
 

@@ -88,6 +88,11 @@ def _parse(where: str, text: str) -> Any:
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got a {type(row).__name__}.")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        problem = f"half a character, {error.object[error.start]!a}, which is no text"
+        raise DataError(f"{where}: holds {problem}. Take the row out, or mend it.") from error
     return row
 
 

@@ -37,6 +37,15 @@ def statistic(model: torch.nn.Module, inputs: dict[str, Tensor], name: str, **mo
     return model(**{n: inputs[n] for n in names}, statistic=name, **more)
 
 
+def accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """Per pair 1 where chosen is above rejected, 1/2 where they are equal, else 0; float32 [P].
+
+    A policy that is its own reference has the accuracy of a coin; TRL counts ties as 0.
+    """
+    above_P, not_below_P = chosen_P > rejected_P, chosen_P >= rejected_P
+    return (above_P.float() + not_below_P.float()) / 2
+
+
 class _LogBeforeSave(TrainerCallback):
     """A checkpoint is never written before the losses up to it were looked at."""
 

@@ -20,6 +20,7 @@ from fastpo.diffusion.reference_errors import ReferenceErrors, fingerprints, fix
 from fastpo.diffusion.references import AdapterOff, Reference
 from fastpo.integrations.diffusers import Adapter, Schedule
 from fastpo.losses import LossOutput
+from fastpo.trainers.base import accuracy
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_data import SIDES, PairRows, conditions
 from fastpo.trainers.diffusion_setup import POLICY, REFERENCE, PairLoss
@@ -48,7 +49,7 @@ def pair_metrics(given: dict[str, Tensor], out: LossOutput) -> dict[str, Tensor]
         "rewards/chosen": chosen_B,
         "rewards/rejected": rejected_B,
         "rewards/margins": chosen_B - rejected_B,
-        "rewards/accuracies": chosen_B > rejected_B,
+        "rewards/accuracies": accuracy(chosen_B, rejected_B),
     }
     return {n: v.detach().float().mean() for n, v in (values | errors | out.metrics).items()}
 

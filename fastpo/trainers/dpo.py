@@ -16,7 +16,7 @@ from fastpo import losses
 from fastpo.inputs import Input, inputs_of, plain
 from fastpo.losses import LossOutput
 from fastpo.sequences import sequence_counts, sequence_sums
-from fastpo.trainers.base import StatisticTrainer, statistic
+from fastpo.trainers.base import StatisticTrainer, accuracy, statistic
 from fastpo.trainers.head import Reference, shift_labels
 from fastpo.trainers.options import ConfigError, typed, value_hints
 
@@ -182,7 +182,7 @@ class DPOTrainer(StatisticTrainer):
     pair: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (the
     loss's implicit rewards), and ``logps/margins`` (nats) and ``logps/accuracies`` (share of pairs
     whose chosen completion has the higher summed log-prob under the policy alone), and the metrics
-    of the loss. Where a mixture of experts has a router loss, it is added, with its weight.
+    of the loss. In an accuracy a tie counts half, where TRL counts it as 0.
 
     The loss gets, by its arguments' names: summed log-probs and token counts of the responses, and
     every column of the rows that is named as one of its arguments (:func:`columns_of`): ``label``,
@@ -315,11 +315,11 @@ def pair_metrics(values_P4: Tensor) -> dict[str, Tensor]:
     chosen_P, rejected_P, chosen_reward_P, rejected_reward_P = values_P4.unbind(1)
     return {
         "logps/margins": (chosen_P - rejected_P).mean(),
-        "logps/accuracies": (chosen_P > rejected_P).float().mean(),
+        "logps/accuracies": accuracy(chosen_P, rejected_P).mean(),
         "rewards/chosen": chosen_reward_P.mean(),
         "rewards/rejected": rejected_reward_P.mean(),
         "rewards/margins": (chosen_reward_P - rejected_reward_P).mean(),
-        "rewards/accuracies": (chosen_reward_P > rejected_reward_P).float().mean(),
+        "rewards/accuracies": accuracy(chosen_reward_P, rejected_reward_P).mean(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -9,7 +10,7 @@ import json
 import re
 import types
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,6 +27,28 @@ Config = TypeVar("Config")
 
 class ConfigError(ValueError):
     """An option is unknown, missing or of the wrong kind; the message names it."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, its first paragraph, without the breaks of lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'input or output'}: {error.strerror}"
+    return " ".join(str(error).strip().partition("\n\n")[0].split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def loading(option: str, name: str) -> Iterator[None]:
+    """Errors of a library that loads what an option names, in one line that names both.
+
+    Raises:
+        ConfigError: from the error, whichever it was.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{option}: {name} cannot be loaded ({one_line(error)}).") from error
 
 
 def option(

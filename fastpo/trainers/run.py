@@ -58,22 +58,36 @@ from fastpo.trainers.grpo_rollouts import (
 )
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.lora import lora_config
-from fastpo.trainers.options import items, near, typed, value_hints
+from fastpo.trainers.options import items, loading, near, typed, value_hints
 from fastpo.trainers.rows import load_data, pair_columns, say_unused, source_of
 from fastpo.trainers.sft import SFTTrainer
 from fastpo.trainers.stops import SaveAndStop, Signals, Stopped
 
 # Set by this module from options of its own.
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OWN = ("output_dir", "learning_rate", "seed", "max_steps", "remove_unused_columns")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name, padding on the right."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    """The tokenizer of a model folder or hub name, padding on the right.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    with loading("model", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        remedy = "Set eos_token in its tokenizer_config.json."
+        raise ConfigError(f"model: the tokenizer of {name} has no end-of-sequence token. {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _about(name: str) -> PretrainedConfig:
+    with loading("model", name):
+        return AutoConfig.from_pretrained(name).get_text_config()
 
 
 def stored_half(config: RunConfig) -> str:
@@ -84,7 +98,7 @@ def stored_half(config: RunConfig) -> str:
     """
     if config.lora_r or config.dtype != "auto":
         return ""
-    dtype = AutoConfig.from_pretrained(config.model).get_text_config().dtype
+    dtype = _about(config.model).dtype
     return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else ""
 
 
@@ -105,11 +119,17 @@ def load_model(config: RunConfig) -> torch.nn.Module:
     if (Path(config.model) / "adapter_config.json").exists():
         remedy = "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
         raise ConfigError(f"model: {config.model} holds an adapter only. {remedy}")
+    positions = getattr(_about(config.model), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        got = f"{config.max_length}, and {config.model} has {positions} positions"
+        raise ConfigError(f"max_length: got {got}. Set max_length {positions} or less.")
     dtype, stored = config.dtype, stored_half(config)
     if stored:
         dtype = "float32"
         say(f"weights: stored in {stored}, trained and saved in float32, so that no update is lost")
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    with loading("model", config.model):
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    check_finite(model, config.model)
     model.config.use_cache = False
     add_logprob_head(model)
     if not config.lora_r:
@@ -117,6 +137,17 @@ def load_model(config: RunConfig) -> torch.nn.Module:
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(model, config, task_type="CAUSAL_LM"))
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Whether all weights are numbers.
+
+    Raises:
+        ConfigError: one is NaN or infinite.
+    """
+    for weight, parameter in model.named_parameters():
+        if parameter.dtype in _FLOATS and not bool(parameter.detach().isfinite().all()):
+            raise ConfigError(f"model: {weight} of {name} holds NaN or infinite numbers.")
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
