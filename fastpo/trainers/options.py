@@ -299,9 +299,14 @@ def value_hints(function: Callable[..., Any]) -> dict[str, Any]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             hint = hints.get(name, Any)
-            parts = [part for part in get_args(hint) or (hint,) if part in plain]
+            is_union = get_origin(hint) in (Union, types.UnionType)
+            members = get_args(hint) if is_union else (hint,)
+            parts = [part for part in members if part in plain]
+            # Lists and mappings of numbers are as YAML gives them.
+            has_more = any(get_origin(part) not in (None, Literal) for part in members)
             literal = get_origin(hint) is Literal
-            found[name] = hint if literal else Union[tuple(parts)] if parts else Any  # noqa: UP007
+            known = parts and not has_more
+            found[name] = hint if literal else Union[tuple(parts)] if known else Any  # noqa: UP007
     return found
 
 

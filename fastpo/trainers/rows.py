@@ -170,7 +170,8 @@ def pair_columns(config: DPOConfig) -> PairColumns:
     try:
         require_inputs(config.loss, available)
     except ConfigError as error:
-        raise ConfigError(f"{error}{renames(sorted(taken - {*found}), [*first])}") from None
+        others = [name for name in first if name not in PAIR_FIELDS]
+        raise ConfigError(f"{error}{renames(sorted(taken - {*found}), others)}") from None
     _check_reference(found, [name for name in REFERENCE if name in inputs.keys() & available])
     return PairColumns(
         (*PAIR_FIELDS, *(name for name in found if name == "extra")),
