@@ -7,6 +7,7 @@ import math
 import torch
 
 from fastpo import divergence_plans, linear
+from fastpo.checks import check_operands, fail
 from fastpo.linear import LoRA
 from fastpo.ops import _check
 from fastpo.ops.linear_divergence import linear_divergence as _linear_divergence
@@ -19,22 +20,22 @@ _KINDS = ("forward_kl", "reverse_kl", "js", "chi2", "alpha")
 def _check_kind(op: str, kind: str, alpha: float | None) -> float:
     """Alpha as the op takes it; 0 where the kind has none."""
     if kind not in _KINDS:
-        raise _check.fail(op, "kind", f"one of {_KINDS}", repr(kind), "")
+        raise fail(op, "kind", f"one of {_KINDS}", repr(kind), "Pick one of them.")
     if kind == "js":
         if alpha is not None and not 0 < alpha < 1:
             expected = "a number in (0, 1), the policy's weight in the mixture"
             remedy = "Use kind='forward_kl' or 'reverse_kl' for the limits."
-            raise _check.fail(op, "alpha", expected, repr(alpha), remedy)
+            raise fail(op, "alpha", expected, repr(alpha), remedy)
         return 0.5 if alpha is None else float(alpha)
     if kind == "alpha":
         if alpha is None or not math.isfinite(alpha) or alpha in (0, 1):
             expected = "a finite number other than 0 and 1 with kind='alpha'"
             remedy = "0 is kind='forward_kl', 1 is kind='reverse_kl'."
-            raise _check.fail(op, "alpha", expected, repr(alpha), remedy)
+            raise fail(op, "alpha", expected, repr(alpha), remedy)
         return float(alpha)
     if alpha is not None:
         remedy = "Only the kinds 'js' and 'alpha' have one."
-        raise _check.fail(op, "alpha", f"None with kind={kind!r}", repr(alpha), remedy)
+        raise fail(op, "alpha", f"None with kind={kind!r}", repr(alpha), remedy)
     return 0.0
 
 
@@ -43,7 +44,7 @@ def _check_mask(op: str, mask: torch.Tensor | None, shape: tuple[int, ...], why:
         return
     if mask.dtype != torch.bool:
         expected, remedy = "bool, True where a token counts", "Call mask.bool()."
-        raise _check.fail(op, "mask", expected, str(mask.dtype), remedy)
+        raise fail(op, "mask", expected, str(mask.dtype), remedy)
     _check.check_shape(op, "mask", mask, shape, why)
 
 
@@ -125,6 +126,10 @@ def linear_divergence(
         (torch.Size([2, 5]), torch.Size([2, 5, 16]))
     """
     op = "linear_divergence"
+    linear.check_head(
+        op, hidden, weight, bias, lora, ref_hidden=ref_hidden, ref_weight=ref_weight,
+        ref_bias=ref_bias, mask=mask,
+    )  # fmt: skip
     alpha = _check_kind(op, kind, alpha)
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
     budget = linear.workspace(op, hidden, workspace_bytes)
@@ -133,28 +138,24 @@ def linear_divergence(
     if tuple(ref_hidden.shape[:-1]) != shape:
         got = f"{tuple(ref_hidden.shape)} beside hidden {tuple(hidden.shape)}"
         remedy = "Both models must score the same tokens."
-        raise _check.fail(op, "ref_hidden", "the leading shape of hidden", got, remedy)
+        raise fail(op, "ref_hidden", "the leading shape of hidden", got, remedy)
     _check_mask(op, mask, shape, "hidden without its last dimension")
     if ref_weight is None:
         if ref_bias is not None:
             remedy = "Pass the ref_weight that it belongs to, such as weight.detach()."
-            raise _check.fail(op, "ref_bias", "None without a ref_weight", "a tensor", remedy)
+            raise fail(op, "ref_bias", "None without a ref_weight", "a tensor", remedy)
         # Of the tensors that autocast may have cast: one copy serves both.
         ref_weight, ref_bias = (None if t is None else t.detach() for t in policy[1:3])
     ref = linear.head_tensors(op, ref_hidden, ref_weight, ref_bias, None, "ref_")
     if policy[1].shape[0] != ref[1].shape[0]:
         got = f"{policy[1].shape[0]} rows in weight and {ref[1].shape[0]} in ref_weight"
         remedy = "Cut a padded vocabulary, as in ref_weight[:V]; other tokens do not compare."
-        raise _check.fail(op, "weight, ref_weight", "one vocabulary", got, remedy)
+        raise fail(op, "weight, ref_weight", "one vocabulary", got, remedy)
     dtypes = (policy[0].dtype, ref[0].dtype)
     if accumulation_dtype(dtypes[0]) != accumulation_dtype(dtypes[1]):
         expected, got = "float64 on both sides or on none", f"{dtypes[0]} and {dtypes[1]}"
         remedy = "Cast the reference to the policy's type."
-        raise _check.fail(op, "hidden, ref_hidden", expected, got, remedy)
-    _check.check_same_device(
-        op, hidden=hidden, weight=weight, bias=bias, lora=policy[3], ref_hidden=ref_hidden,
-        ref_weight=ref_weight, ref_bias=ref_bias, mask=mask,
-    )  # fmt: skip
+        raise fail(op, "hidden, ref_hidden", expected, got, remedy)
 
     *policy_tensors, lora_scale = policy
     tensors = (*policy_tensors, *ref[:3])
@@ -162,7 +163,7 @@ def linear_divergence(
     if any(needs[:5]) and any(needs[5:]) and dtypes[0] != dtypes[1]:
         expected, got = "one dtype where both get a gradient", f"{dtypes[0]} and {dtypes[1]}"
         remedy = "Cast one side, or detach the reference."
-        raise _check.fail(op, "hidden, ref_hidden", expected, got, remedy)
+        raise fail(op, "hidden, ref_hidden", expected, got, remedy)
     hidden_needs = [needs[0], needs[5]]
     frozen = lora is None and sum(hidden_needs) == sum(needs)
     unit_grads = hidden_needs if frozen else [False, False]
@@ -216,17 +217,18 @@ def divergence(
         torch.Size([2, 5])
     """
     op = "divergence"
+    check_operands(op, logits=logits, ref_logits=ref_logits, mask=mask)
     alpha = _check_kind(op, kind, alpha)
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
     _check.check_float(op, "logits", logits)
     if logits.dim() < 2 or logits.shape[-1] == 0:
         expected = "[..., V] with V > 0"
-        raise _check.fail(op, "logits", expected, str(tuple(logits.shape)), "")
+        remedy = "Add a dimension with logits[None]."
+        raise fail(op, "logits", expected, str(tuple(logits.shape)), remedy)
     _check.check_shape(op, "ref_logits", ref_logits, tuple(logits.shape), "that of logits")
     _check.check_same_dtype(op, "logits, ref_logits", logits, ref_logits)
     shape = tuple(logits.shape[:-1])
     _check_mask(op, mask, shape, "logits without V")
-    _check.check_same_device(op, logits=logits, ref_logits=ref_logits, mask=mask)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
         """[B, T, V], neighbours side by side."""

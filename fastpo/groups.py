@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_operands, check_tensors, fail
 from fastpo.operands import GroupLayout
 from fastpo.ops import group_stats as ops
-from fastpo.ops._check import check_float, check_same_device, fail
+from fastpo.ops._check import check_float
 from fastpo.tiles import accumulation_dtype
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
 def _check_integers(argument: str, tensor: Tensor, dims: str) -> None:
+    check_operands("Groups", **{argument: tensor})
     if tensor.ndim != 1 or tensor.dtype not in _INTEGERS:
         got = f"{tensor.dtype} {list(tensor.shape)}"
         raise fail("Groups", argument, f"int32 or int64 [{dims}]", got, "Cast and flatten it.")
@@ -151,7 +154,7 @@ class Groups:
         """
         if isinstance(groups, Tensor):
             groups = cls.from_ids(groups)
-        elif groups is None or isinstance(groups, (float, list, tuple)):
+        elif not isinstance(groups, (Groups, Integral, torch.SymInt)):
             expected = "a size, int ids in a tensor or Groups"
             raise fail("Groups", "groups", expected, repr(groups), "Pass torch.tensor(ids).")
         elif not isinstance(groups, Groups):
@@ -199,7 +202,7 @@ class GroupStats(NamedTuple):
             ValueError: ``ddof`` is another number.
         """
         if ddof not in (0, 1):
-            raise fail("GroupStats", "ddof", "0 or 1", str(ddof), "")
+            raise fail("GroupStats", "ddof", "0 or 1", str(ddof), "1 is the sample variance.")
         # m2 is 0 already where there are no more than ddof values.
         return self.m2 / (self.count - ddof).clamp_(min=1)
 
@@ -209,6 +212,7 @@ class GroupStats(NamedTuple):
 
 
 def _check_values(function: str, values: Tensor) -> None:
+    check_operands(function, values=values)
     check_float(function, "values", values)
     if values.ndim not in (1, 2):
         got = str(list(values.shape))
@@ -249,11 +253,12 @@ def group_stats(
         >>> stats.mean, stats.std(), stats.arg_max
         (tensor([0.5000, 2.0000]), tensor([0.5000, 0.0000]), tensor([0, 3]))
     """
+    check_tensors("group_stats", weights=weights)
     _check_values("group_stats", values)
     groups = _groups_of("group_stats", values, groups)
     values_NK, weights_NK = _columns(values), None
     if weights is not None:
-        check_same_device("group_stats", values=values, weights=weights)
+        check_operands("group_stats", values=values, weights=weights)
         if weights.shape not in (values.shape[:1], values.shape):
             expected, got = f"[N] or the shape of values {list(values.shape)}", list(weights.shape)
             raise fail("group_stats", "weights", expected, str(got), "Expand it.")
@@ -287,7 +292,7 @@ def group_affine(
         tensor([ 1., -1.,  0.])
     """
     _check_values("group_affine", values)
-    check_same_device("group_affine", values=values, base=base, scale=scale)
+    check_operands("group_affine", values=values, base=base, scale=scale)
     groups = _groups_of("group_affine", values, groups)
     shape, acc = (groups.count, *values.shape[1:]), accumulation_dtype(values.dtype)
     for name, tensor in (("base", base), ("scale", scale)):

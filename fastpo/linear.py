@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastpo import plans
+from fastpo.checks import check_operands, fail
 from fastpo.ops import _check
 from fastpo.ops.linear_stats import Stats, linear_stats
 from fastpo.tiles import MOMENTS
@@ -85,20 +86,36 @@ def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
 
 
+def check_head(op, hidden, weight, bias, lora, prefix="", **others) -> None:
+    """The first check: one model's tensors, and others, are plain tensors on one device."""
+    factors = {}
+    if lora is not None:
+        if not isinstance(lora, tuple) or len(lora) != 3:
+            remedy = "Pass fastpo.LoRA(lora_A.weight, lora_B.weight, scaling)."
+            raise fail(op, "lora", "a fastpo.LoRA", f"a {type(lora).__name__}", remedy)
+        factors = {"lora.a": lora[0], "lora.b": lora[1]}
+        if not isinstance(lora[2], (int, float)):
+            remedy = "Pass layer.scaling[adapter] of peft, lora_alpha / r."
+            raise fail(op, "lora.scaling", "a number", repr(lora[2]), remedy)
+    head = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    check_operands(op, **head, **factors, **others)
+
+
 def head_tensors(op, hidden, weight, bias, lora, prefix="") -> tuple:
     """Check one model's tensors and cast them as autocast would: Inputs without the targets."""
     device_type = hidden.device.type
     hidden, weight, bias = (_cast(t, device_type) for t in (hidden, weight, bias))
     both = f"{prefix}hidden, {prefix}weight"
     _check.check_float(op, f"{prefix}hidden", hidden)
+    _check.check_float(op, f"{prefix}weight", weight)
     if hidden.dim() < 2 or weight.dim() != 2 or weight.shape[0] == 0:
         got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
         expected = "hidden [..., H] and weight [V, H] with V > 0"
-        raise _check.fail(op, both, expected, got, "")
+        raise fail(op, both, expected, got, "Add the dimension, or pass lm_head.weight.")
     if hidden.shape[-1] != weight.shape[1]:
         got = f"{hidden.shape[-1]} in hidden and {weight.shape[1]} in weight"
         remedy = "The weight is [V, H], as in nn.Linear; do not transpose it."
-        raise _check.fail(op, both, "one hidden size H", got, remedy)
+        raise fail(op, both, "one hidden size H", got, remedy)
     _check.check_same_dtype(op, both, hidden, weight)
     if bias is not None:
         _check.check_float(op, f"{prefix}bias", bias)
@@ -111,18 +128,18 @@ def head_tensors(op, hidden, weight, bias, lora, prefix="") -> tuple:
         _check.check_same_dtype(op, "hidden, lora.b", hidden, b)
         if a.dim() != 2 or a.shape[1] != weight.shape[1]:
             expected = f"[r, {weight.shape[1]}]"
-            raise _check.fail(op, "lora.a", expected, str(tuple(a.shape)), "Pass lora_A.weight.")
+            raise fail(op, "lora.a", expected, str(tuple(a.shape)), "Pass lora_A.weight.")
         _check.check_shape(op, "lora.b", b, (weight.shape[0], a.shape[0]), "[V, r]")
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b, scaling
 
 
 def prepare(op, hidden, weight, targets, bias, lora, ignore_index) -> Inputs:
     """Check the tensors of a public function, cast them as autocast would, flatten them."""
+    check_head(op, hidden, weight, bias, lora, targets=targets)
     hidden_NH, weight, bias, a, b, scaling = head_tensors(op, hidden, weight, bias, lora)
     why = "hidden without its last dimension"
     _check.check_shape(op, "targets", targets, tuple(hidden.shape[:-1]), why)
     _check.check_targets(op, targets, weight.shape[0], ignore_index)
-    _check.check_same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, lora=a)
     return Inputs(hidden_NH, weight, targets.reshape(-1), bias, a, b, scaling)
 
 
@@ -206,11 +223,13 @@ def linear_token_stats(
     op = "linear_token_stats"
     for name in outputs:
         if name not in _OUTPUTS:
-            raise _check.fail(op, "outputs", f"names among {_OUTPUTS}", repr(name), "")
+            remedy = "Pass a tuple of these names."
+            raise fail(op, "outputs", f"names among {_OUTPUTS}", repr(name), remedy)
     for name in differentiable or ():
         if name not in _DIFFERENTIABLE or name not in outputs:
             expected = f"names among outputs and {_DIFFERENTIABLE}"
-            raise _check.fail(op, "differentiable", expected, repr(name), "")
+            remedy = "Ask for it in outputs too; the others have no gradient."
+            raise fail(op, "differentiable", expected, repr(name), remedy)
     inputs = prepare(op, hidden, weight, targets, bias, lora, ignore_index)
     numbers = scalars(op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes)
     stats = run(inputs, numbers, outputs, differentiable)

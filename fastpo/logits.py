@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastpo.checks import check_operands, fail
 from fastpo.ops import _check
 from fastpo.ops.logits_logprobs import logits_logprobs
 
@@ -48,12 +49,13 @@ def logprobs(
         torch.Size([2, 4])
     """
     op = "logprobs"
+    check_operands(op, logits=logits, targets=targets)
     _check.check_float(op, "logits", logits)
     if logits.dim() < 2 or logits.shape[-1] == 0:
         expected = "[..., V] with V > 0"
-        raise _check.fail(op, "logits", expected, str(tuple(logits.shape)), "")
+        remedy = "Add a dimension with logits[None]."
+        raise fail(op, "logits", expected, str(tuple(logits.shape)), remedy)
     _check.check_shape(op, "targets", targets, tuple(logits.shape[:-1]), "logits without V")
-    _check.check_same_device(op, logits=logits, targets=targets)
     _check.check_targets(op, targets, logits.shape[-1], ignore_index)
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
     if logits.stride(-1) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastpo import linear
+from fastpo.checks import fail
 from fastpo.ops import _check
 from fastpo.ops.linear_nll import linear_nll as _linear_nll
 from fastpo.ops.linear_nll import tile_rows
@@ -66,8 +67,10 @@ def linear_nll(
         torch.Size([100, 16])
     """
     op = "linear_nll"
+    linear.check_head(op, hidden, weight, bias, None, targets=targets, weights=weights)
     if reduction not in ("mean", "sum"):
-        raise _check.fail(op, "reduction", "'mean' or 'sum'", repr(reduction), "")
+        remedy = "Take linear_logprobs for one value per token."
+        raise fail(op, "reduction", "'mean' or 'sum'", repr(reduction), remedy)
     inputs = linear.prepare(op, hidden, weight, targets, bias, None, ignore_index)
     scalars = linear.scalars(
         op, hidden, temperature, logit_scale, softcap, ignore_index, workspace_bytes

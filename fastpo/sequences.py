@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.ops._check import fail
+from fastpo.checks import check_operands, check_tensors, fail
 from fastpo.ops.segment_sums import check, segment_sums
 from fastpo.tiles import accumulation_dtype
 
@@ -32,6 +32,10 @@ def _sums_and_counts(
     cu_seqlens: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_operands(
+        function, values=values, reference=reference, mask=mask, cu_seqlens=cu_seqlens,
+        weights=weights,
+    )  # fmt: skip
     offsets = _offsets(function, cu_seqlens)
     if reference is not None and reference.dtype != values.dtype:
         common = torch.promote_types(values.dtype, reference.dtype)
@@ -129,6 +133,7 @@ def sequence_counts(mask: Tensor | None = None, cu_seqlens: Tensor | None = None
         >>> sequence_counts(cu_seqlens=torch.tensor([0, 2, 6]))
         tensor([2, 4])
     """
+    check_operands("sequence_counts", mask=mask, cu_seqlens=cu_seqlens)
     offsets = _offsets("sequence_counts", cu_seqlens)
     if mask is not None:
         values = mask.float()
@@ -173,5 +178,8 @@ def sequence_log_ratios(
         >>> sequence_log_ratios(policy, reference)
         tensor([0.2500])
     """
+    check_tensors(
+        "sequence_log_ratios", policy=policy, mask=mask, cu_seqlens=cu_seqlens, weights=weights
+    )
     function = "sequence_log_ratios"
     return _sums_and_counts(function, policy, reference, mask, cu_seqlens, weights)[0]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
 
@@ -99,3 +100,16 @@ def tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     change(value, lambda x: found.append(x) or x)
     return found
+
+
+class Ops(TorchDispatchMode):
+    """The first call of every op of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastpo":
+            self.calls.setdefault(func._schema.name, (func, args))
+        return func(*args, **(kwargs or {}))

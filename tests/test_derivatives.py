@@ -10,10 +10,9 @@ import re
 
 import pytest
 import torch
-from documented import calls, change, functions, tensors
+from documented import Ops, calls, change, functions, tensors
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
 
@@ -85,19 +84,6 @@ def samples(request):
     return [sample for sample in _samples(request.param) if sample.wanted]
 
 
-class Recorder(TorchDispatchMode):
-    """The first call of every op of ours."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastpo":
-            self.calls.setdefault(func._schema.name, (func, args))
-        return func(*args, **(kwargs or {}))
-
-
 def _all_ops():
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     return {name for name in names if name.startswith("fastpo::")}
@@ -111,7 +97,7 @@ def recorded_ops():
     trained = weight.clone().requires_grad_()
     outputs = ("logprobs", "lse", "entropy")
     logits = torch.randn(4, 7, requires_grad=True)
-    with Recorder() as recorder:
+    with Ops() as recorder:
         for name in functions():
             for sample in _samples(name) if name != "fastpo.diffusion.accumulate" else ():
                 sample.gradients() if sample.wanted else sample.call(sample.inputs([]))

@@ -10,7 +10,7 @@ SOURCES = Path(__file__).parent.parent / "csrc"
 # The statistics' consumers and the specification: torch, the standard library, and each other.
 # The other advantages, and the surrogates, are made of ops on groups and on tokens.
 TORCH_ONLY = (
-    "losses", "reference", "weights", "metrics", "tiles", "operands", "inputs", "bounds",
+    "losses", "reference", "weights", "metrics", "tiles", "operands", "inputs", "checks", "bounds",
     "advantages._common", "advantages.crpg", "advantages.returns", "advantages.weights",
 )  # fmt: skip
 OPTIONAL = ("trl", "transformers", "diffusers", "datasets", "peft", "accelerate", "verl")

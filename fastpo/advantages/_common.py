@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
+
 
 def fail(function: str, argument: str, expected: str, got: object, remedy: str) -> ValueError:
     text = f"fastpo.advantages.{function}: {argument}: expected {expected}, got {got}. {remedy}"
@@ -38,6 +40,7 @@ def weighted_whiten(
 
 def check_shapes(function: str, dims: str, **tensors: Tensor) -> None:
     """All have one shape, of as many dimensions as ``dims`` names."""
+    check_tensors(f"advantages.{function}", **tensors)
     shape = next(iter(tensors.values())).shape
     for name, tensor in tensors.items():
         if tensor.shape != shape or tensor.ndim != dims.count(",") + 1:
@@ -46,6 +49,7 @@ def check_shapes(function: str, dims: str, **tensors: Tensor) -> None:
 
 
 def check_rows(function: str, rows: int, **per_row: Tensor) -> None:
+    check_tensors(f"advantages.{function}", **per_row)
     for name, tensor in per_row.items():
         if tensor.shape != (rows,):
             remedy = "One value per response."

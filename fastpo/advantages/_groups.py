@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages._common import fail
+from fastpo.checks import check_operands
 from fastpo.groups import Groups, GroupStats
 from fastpo.ops import group_stats as ops
 from fastpo.tiles import accumulation_dtype
@@ -58,6 +59,7 @@ class Rows(NamedTuple):
     def per_row(self, function: str, **tensors: Tensor) -> list[Tensor]:
         """Tensors in the shape of the rewards to [N], in the result's type or a wider one."""
         out = []
+        check_operands(f"advantages.{function}", **tensors)
         for name, tensor in tensors.items():
             if tensor.shape != self.shape or tensor.device != self.rewards.device:
                 expected = f"{list(self.shape)} on {self.rewards.device}, as rewards"
@@ -72,6 +74,7 @@ def check_rewards(
     function: str, rewards: Tensor, groups: Groups | Tensor | int | None, components: bool = False
 ) -> None:
     """Floats [N] with groups, or [P, G] without; with one more dimension for components."""
+    check_operands(f"advantages.{function}", rewards=rewards)
     last = ", K" if components else ""
     if rewards.ndim != 1 + components + (groups is None):
         expected = f"[P, G{last}] without groups or [N{last}] with"

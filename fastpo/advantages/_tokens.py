@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages._common import check_rows, check_shapes, fail
+from fastpo.checks import check_operands
 from fastpo.ops import gae as ops
-from fastpo.ops._check import check_offsets, check_same_device
+from fastpo.ops._check import check_offsets
 
 
 def check_tokens(
@@ -27,9 +28,10 @@ def check_tokens(
     )
     if mask is not None:
         tokens["mask"] = mask
+    check_operands(f"advantages.{function}", **tokens, **rows, cu_seqlens=cu_seqlens)
+    if mask is not None:
         if mask.dtype != torch.bool:
             raise fail(function, "mask", "torch.bool", mask.dtype, "Call mask.bool().")
-    check_same_device(f"advantages.{function}", **tokens, **rows, cu_seqlens=cu_seqlens)
     shape = next(iter(tokens.values())).shape
     if cu_seqlens is None:
         check_shapes(function, "B, T", **tokens)

@@ -12,6 +12,7 @@ from fastpo.advantages import _groups as shared
 from fastpo.advantages._common import weighted_whiten
 from fastpo.advantages._groups import Singleton
 from fastpo.advantages.relative import grpo
+from fastpo.checks import check_tensors
 from fastpo.groups import Groups, group_affine, group_stats
 from fastpo.inputs import When
 from fastpo.tiles import accumulation_dtype
@@ -54,6 +55,7 @@ def sum_rewards(rewards: Tensor, reward_weights: Tensor | Sequence[float] | None
         >>> sum_rewards(torch.tensor([[1.0, 0.5], [1.0, torch.nan]]), [1.0, 2.0])
         tensor([2., 1.])
     """
+    check_tensors("advantages.sum_rewards", rewards=rewards)
     if not rewards.ndim or not rewards.is_floating_point():
         got = f"{rewards.dtype} {list(rewards.shape)}"
         raise shared.fail("sum_rewards", "rewards", "floats [..., K]", got, "Stack components.")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages._common import fail, floats
+from fastpo.checks import check_tensors
 
 
 def crpg_rewards(
@@ -33,6 +34,13 @@ def crpg_rewards(
         ...              torch.tensor([True, False]), torch.tensor([2.0, 8.0]), kl_max=10.0)
         tensor([0.5346, 0.0000])
     """
+    check_tensors(
+        "advantages.crpg_rewards",
+        scores=scores,
+        baseline_scores=baseline_scores,
+        passed=passed,
+        kl=kl,
+    )
     if not kl_max > 0:
         raise fail("crpg_rewards", "kl_max", "a number > 0", kl_max, "Infinity is no limit.")
     tensors = {"baseline_scores": baseline_scores, "passed": passed, "kl": kl}

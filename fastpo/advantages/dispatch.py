@@ -18,6 +18,7 @@ from fastpo.advantages.passk import passk_analytic, passk_max
 from fastpo.advantages.relative import dr_grpo, gpg, grpo, opo
 from fastpo.advantages.rloo import rloo
 from fastpo.advantages.whitened import reinforce_pp_baseline
+from fastpo.checks import check_tensors
 from fastpo.distributed import gather_rows
 from fastpo.groups import Groups
 from fastpo.inputs import inputs_of
@@ -105,6 +106,7 @@ def group_advantages(
         >>> group_advantages(rewards, torch.tensor([4, 4, 9, 9, 4, 9]), "grpo", convention="verl")
         tensor([ 1.1547, -0.5773,  0.5773, -1.1547, -0.5773,  0.5773])
     """
+    check_tensors("group_advantages", rewards=rewards)
     if reward_weights is not None and "reward_weights" in _PARAMETERS.get(method, ()):
         options["reward_weights"] = reward_weights
     _check_options(method, options)

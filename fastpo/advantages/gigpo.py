@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpo.advantages import _groups as shared
 from fastpo.advantages._groups import Singleton
+from fastpo.checks import check_tensors
 from fastpo.groups import Groups, group_affine, group_stats
 
 
@@ -66,6 +67,9 @@ def gigpo(
         ...       anchors=torch.tensor([5, 7, 5]), step_returns=torch.tensor([0.9, 1.0, 0.0]))
         tensor([ 0.9500,  0.5000, -0.9500])
     """
+    check_tensors(
+        "advantages.gigpo",
+    )
     shared.check_choice("gigpo", "scale", scale, ("none", "group"))
     shared.check_choice("gigpo", "counted", counted, ("trajectories", "steps"))
     shared.check_choice("gigpo", "singleton", singleton, shared.SINGLETONS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpo.advantages._common import check_shapes, fail, floats
 from fastpo.advantages._tokens import active_tokens, check_tokens, last_tokens
+from fastpo.checks import check_operands, check_tensors
 from fastpo.groups import Groups, group_stats
 from fastpo.weights._common import Memory
 
@@ -49,6 +50,7 @@ def overlong_penalty(
         >>> overlong_penalty(torch.tensor([80, 90, 100, 110]), max_length=100, cache_length=20)
         tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
     """
+    check_tensors("advantages.overlong_penalty", lengths=lengths)
     if not 0 < cache_length <= max_length:
         got = f"{cache_length} of {max_length}"
         remedy = "It is the last stretch before max_length."
@@ -153,7 +155,9 @@ def gcpo_rewards(
             raise fail("gcpo_rewards", name, "a number >= 0", number, "0 switches it off.")
     extras = {"format_rewards": format_rewards, "length_rewards": length_rewards}
     extras = {name: tensor for name, tensor in extras.items() if tensor is not None}
-    check_shapes("gcpo_rewards", "N", accuracy=accuracy, constructed=constructed, **extras)
+    tensors = {"accuracy": accuracy, "constructed": constructed} | extras
+    check_operands("advantages.gcpo_rewards", **tensors)
+    check_shapes("gcpo_rewards", "N", **tensors)
     if constructed.dtype != torch.bool:
         got = constructed.dtype
         raise fail("gcpo_rewards", "constructed", "torch.bool", got, "Call constructed.bool().")

@@ -20,6 +20,7 @@ from fastpo.advantages._tokens import (
     last_tokens,
     per_token,
 )
+from fastpo.checks import check_operands, check_tensors
 from fastpo.distributed import all_reduce_sum
 from fastpo.groups import Groups
 from fastpo.ops import gae as ops
@@ -82,6 +83,7 @@ def masked_whiten(
         >>> masked_whiten(torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.arange(4) < 3)
         tensor([-1.,  0.,  1.,  0.])
     """
+    check_tensors("advantages.masked_whiten", values=values, mask=mask)
     if mask is not None and (mask.shape != values.shape or mask.dtype != torch.bool):
         got = f"{mask.dtype} {list(mask.shape)}"
         remedy = "Call mask.bool()."
@@ -380,6 +382,7 @@ def step_returns(rewards: Tensor, trajectories: Groups, steps: Tensor, gamma: fl
         >>> step_returns(rewards, Groups.from_ids(torch.tensor([5, 5, 5, 6])), steps, gamma=0.5)
         tensor([1.0000, 0.2500, 0.5000, 2.0000])
     """
+    check_operands("advantages.step_returns", rewards=rewards, steps=steps)
     _check_unit("step_returns", gamma=gamma)
     check_shapes("step_returns", "N", rewards=rewards, steps=steps)
     trajectories = Groups.of(trajectories, rewards.shape[0], rewards.device)

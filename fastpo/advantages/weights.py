@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo.advantages._common import fail, floats
+from fastpo.checks import check_tensors
 
 
 def pu_rl_weights(scores: Tensor, temperature: float = 1.0) -> Tensor:
@@ -32,6 +33,7 @@ def pu_rl_weights(scores: Tensor, temperature: float = 1.0) -> Tensor:
         >>> pu_rl_weights(torch.tensor([4.0, 3.0, 1.0]))
         tensor([0.7054, 0.2595, 0.0351])
     """
+    check_tensors("advantages.pu_rl_weights", scores=scores)
     if not 0 < temperature < math.inf:
         raise fail("pu_rl_weights", "temperature", "a number > 0", temperature, "1 is common.")
     (scores,) = floats(scores)
@@ -68,6 +70,7 @@ def zo_ranksgd_weights(
         >>> zo_ranksgd_weights(torch.tensor([2, 0]), 4)
         tensor([ 0.2000, -0.4000,  0.6000, -0.4000])
     """
+    check_tensors("advantages.zo_ranksgd_weights", ranking=ranking)
     if convention not in ("exact", "authors"):
         remedy = "Pick one of them."
         raise fail("zo_ranksgd_weights", "convention", "exact or authors", convention, remedy)

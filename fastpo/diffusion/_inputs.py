@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastpo.ops._check import check_float, check_same_device, check_shape, fail
+from fastpo.checks import check_operands, fail
+from fastpo.ops._check import check_float, check_shape
 
 Reduction = Literal["mean", "sum"]
 
@@ -24,6 +26,7 @@ def check_fields(op: str, **fields: Tensor | None) -> None:
     Raises:
         ValueError: they do not fit.
     """
+    check_operands(op, **fields)
     (first, base), *others = fields.items()
     check_float(op, first, base)
     if base.ndim < 1:
@@ -34,7 +37,6 @@ def check_fields(op: str, **fields: Tensor | None) -> None:
             continue
         check_float(op, name, field)
         check_shape(op, name, field, tuple(base.shape), f"that of {first}")
-    check_same_device(op, **fields)
 
 
 def check_constant(op: str, **tensors: Tensor | None) -> None:
@@ -52,7 +54,10 @@ def placed(
     if isinstance(numbers, Tensor):
         check_constant(op, **{name: numbers})
         return numbers.to(device, dtype, non_blocking=True)
-    return torch.full((), numbers, dtype=dtype, device=device)
+    if isinstance(numbers, bool) or not isinstance(numbers, Real):
+        remedy = f"Pass torch.tensor({name.rpartition('.')[2]})."
+        raise fail(op, name, "a number or a tensor", f"a {type(numbers).__name__}", remedy)
+    return torch.full((), float(numbers), dtype=dtype, device=device)
 
 
 def per_sample(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_operands, check_tensors, fail
 from fastpo.diffusion._inputs import (
     Reduction,
     check_constant,
@@ -18,7 +19,6 @@ from fastpo.diffusion._inputs import (
 from fastpo.diffusion.targets import Target
 from fastpo.operands import residuals
 from fastpo.ops import noise_errors as op
-from fastpo.ops._check import check_same_device, fail
 
 
 def _check_options(
@@ -64,12 +64,16 @@ def _errors(
     huber: float,
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(target, Target):
+        if not isinstance(target, Tensor):
+            got, remedy = f"a {type(target).__name__}", "Pass torch.as_tensor(target)."
+            raise fail(name, "target", "a tensor or a Target", got, remedy)
         target = Target(target)
+    check_tensors(name, mask=mask, weights=weights)
     check_fields(name, prediction=prediction, target=target.first, second_target=target.second,
                  reference=reference)  # fmt: skip
     check_constant(name, target=target.first, second_target=target.second, weights=weights)
     segment_dim = _check_options(name, prediction, segment_dim, reduction, huber)
-    check_same_device(name, prediction=prediction, mask=mask, weights=weights)
+    check_operands(name, prediction=prediction, mask=mask, weights=weights)
     acc = op.accumulation_of(prediction, target.first, target.second, reference)
     elements = None
     if mask is not None:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion._inputs import (
     Reduction,
     check_constant,
@@ -390,6 +391,7 @@ def step_log_probs(
         0.07017
     """
     name = "diffusion.step_log_probs"
+    check_tensors(name, next_samples=next_samples, unconditional=unconditional)
     check_fields(name, prediction=prediction, sample=sample, unconditional=unconditional)
     check_constant(name, sample=sample, next_samples=next_samples)
     single = next_samples.ndim == prediction.ndim

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion._inputs import placed
 
 
@@ -43,6 +44,7 @@ def epsilon(noise: Tensor) -> Target:
         >>> epsilon(torch.ones(2, 4)).second is None
         True
     """
+    check_tensors("diffusion.targets.epsilon", noise=noise)
     return Target(noise)
 
 
@@ -53,6 +55,7 @@ def sample(clean: Tensor) -> Target:
         >>> sample(torch.ones(2, 4)).second is None
         True
     """
+    check_tensors("diffusion.targets.sample", clean=clean)
     return Target(clean)
 
 
@@ -64,6 +67,7 @@ def v_prediction(noise: Tensor, clean: Tensor, alphas_cumprod: Tensor | float) -
         >>> [round(scale.item(), 3) for scale in (target.first_scale, target.second_scale)]
         [0.8, -0.6]
     """
+    check_tensors("diffusion.targets.v_prediction", noise=noise, clean=clean)
     abar_N = _abar("v_prediction", alphas_cumprod, noise)
     return Target(noise, abar_N.sqrt(), clean, -(1 - abar_N).sqrt())
 
@@ -75,6 +79,7 @@ def flow(noise: Tensor, clean: Tensor) -> Target:
         >>> flow(torch.ones(1, 2), torch.ones(1, 2)).second_scale
         tensor([-1.])
     """
+    check_tensors("diffusion.targets.flow", noise=noise, clean=clean)
     return Target(noise, None, clean, noise.new_full((1,), -1.0, dtype=torch.float32))
 
 
@@ -90,5 +95,6 @@ def inverted(noisy: Tensor, clean: Tensor, alphas_cumprod: Tensor | float) -> Ta
         >>> [round(scale.item(), 3) for scale in (target.first_scale, target.second_scale)]
         [1.667, -1.333]
     """
+    check_tensors("diffusion.targets.inverted", noisy=noisy, clean=clean)
     abar_N = _abar("inverted", alphas_cumprod, noisy)
     return Target(noisy, (1 - abar_N).rsqrt(), clean, -(abar_N / (1 - abar_N)).sqrt())

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.ops._check import fail
 
 
@@ -43,6 +44,7 @@ def min_snr(
         >>> min_snr(torch.tensor([0.99, 0.5, 0.0]))
         tensor([0.0505, 1.0000, 1.0000])
     """
+    check_tensors("diffusion.weights.min_snr", alphas_cumprod=alphas_cumprod)
     name = "diffusion.weights.min_snr"
     if not 0 < gamma < math.inf:
         raise fail(name, "gamma", "a positive finite number", repr(gamma), "The paper has 5.")
@@ -76,6 +78,7 @@ def sd3(sigmas: Tensor, scheme: Literal["sigma_sqrt", "cosmap", "none"]) -> Tens
         >>> sd3(torch.tensor([0.25, 0.5]), "sigma_sqrt")
         tensor([16.,  4.])
     """
+    check_tensors("diffusion.weights.sd3", sigmas=sigmas)
     sigmas = _floats(sigmas)
     if scheme == "sigma_sqrt":
         return sigmas.square().reciprocal()
@@ -105,6 +108,7 @@ def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
         >>> logit_normal(torch.tensor([-1.0, 0.0]), mean=1.0)
         tensor([0.5000, 0.7311])
     """
+    check_tensors("diffusion.weights.logit_normal", normal=normal)
     return torch.sigmoid(mean + std * _floats(normal))
 
 
@@ -124,6 +128,7 @@ def mode(uniform: Tensor, scale: float = 1.29) -> Tensor:
         >>> mode(torch.tensor([0.1, 0.5]))
         tensor([0.8026, 0.5000])
     """
+    check_tensors("diffusion.weights.mode", uniform=uniform)
     u = _floats(uniform)
     return 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u)
 
@@ -140,4 +145,5 @@ def turbo_timesteps(timesteps: Tensor) -> Tensor:
         >>> turbo_timesteps(torch.tensor([0, 5, 998, 999]))
         tensor([249, 499, 749, 999])
     """
+    check_tensors("diffusion.weights.turbo_timesteps", timesteps=timesteps)
     return 250 * (timesteps % 4) + 249

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo.bounds import hold
+from fastpo.checks import check_tensors
 
 Reduction = Literal["mean", "sum", "none"]
 NllMean = Literal["token_mean", "sequence_mean"]
@@ -59,12 +60,18 @@ def fail(loss: str, argument: str, expected: str, got: str, remedy: str) -> Valu
     return ValueError(f"fastpo.{place}: {argument}: expected {expected}, got {got}. {remedy}")
 
 
+def check_inputs(loss: str, **inputs: Tensor | None) -> None:
+    """Each is a tensor, or None for one that is not given."""
+    check_tensors(loss if "." in loss else f"losses.{loss}", **inputs)
+
+
 def prepare(loss: str, **statistics: Tensor) -> list[Tensor]:
     """Check per-sequence statistics [B] and bring them to one dtype.
 
     All must have one shape and one device. Floats narrower than float32 are computed in float32;
     integer tensors (token counts) take the dtype of the others.
     """
+    check_inputs(loss, **statistics)
     first = next(iter(statistics))
     shape, device = statistics[first].shape, statistics[first].device
     dtype = torch.float32
@@ -121,6 +128,7 @@ def check_share(loss: str, argument: str, value: float) -> None:
 
 def check_flags(loss: str, argument: str, flags: Tensor, like: Tensor) -> None:
     """A bool for each value of ``like``."""
+    check_inputs(loss, **{argument: flags})
     if flags.dtype != torch.bool or flags.shape != like.shape:
         got = f"{flags.dtype} {list(flags.shape)}"
         remedy = "Compare with 0 to get bool, in the order of the other arguments."

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Over, Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -146,6 +147,7 @@ def ofs_dpo(
 
     Experimental: the formula was read in a port to diffusion that cites the paper.
     """
+    check_tensors("losses.ofs_dpo", slow_chosen=slow_chosen, slow_rejected=slow_rejected)
     check_not_negative("ofs_dpo", "alpha", alpha)
     fast = log_ratios(
         "ofs_dpo", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction

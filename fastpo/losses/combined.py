@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     NLL_MEANS,
@@ -167,6 +168,9 @@ def rpo(
         >>> round(rpo(*sums, torch.tensor([3]), beta=0.5).loss.item(), 4)
         0.5375
     """
+    check_tensors(
+        "losses.rpo", chosen_counts=chosen_counts, nll_sums=nll_sums, nll_counts=nll_counts
+    )
     check_not_negative("rpo", "eta", eta)
     sums = policy_chosen, policy_rejected, ref_chosen, ref_rejected
     nll = nll_sums, nll_counts
@@ -200,6 +204,7 @@ def iterative_rpo(
         >>> round(iterative_rpo(*sums, torch.tensor([3]), beta=0.5).loss.item(), 4)
         1.3667
     """
+    check_tensors("losses.iterative_rpo", chosen_counts=chosen_counts)
     check_not_negative("iterative_rpo", "alpha", alpha)
     sums = policy_chosen, policy_rejected, ref_chosen, ref_rejected
     weights = 1.0, 0.0, alpha
@@ -239,6 +244,7 @@ def mpo_internvl(
         >>> round(mpo_internvl(*sums, torch.tensor([3]), beta=0.5).loss.item(), 4)
         1.5041
     """
+    check_tensors("losses.mpo_internvl", chosen_counts=chosen_counts)
     weights = dpo_weight, bco_weight, nll_weight
     for name, weight in zip(("dpo_weight", "bco_weight", "nll_weight"), weights, strict=True):
         check_not_negative("mpo_internvl", name, weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpo.advantages.crpg import crpg_rewards
 from fastpo.bounds import hold
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -127,6 +128,7 @@ def c_morl_barrier(
         >>> round(out.loss.item(), 4)
         0.1783
     """
+    check_tensors("losses.c_morl_barrier", returns=returns)
     check_positive("c_morl_barrier", "beta", beta)
     check_positive("c_morl_barrier", "t", t)
     check_choice("c_morl_barrier", "reduction", reduction, REDUCTIONS)

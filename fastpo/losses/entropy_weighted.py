@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -93,6 +94,7 @@ def power(
         >>> round(power(*sums, *counts).loss.item(), 4)
         0.6805
     """
+    check_tensors("losses.power", chosen_counts=chosen_counts)
     sums, counts = (policy_chosen, policy_rejected), (chosen_counts, rejected_counts)
     return _power("power", *sums, *counts, None, beta, eta, reduction)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
@@ -119,6 +120,7 @@ def xpo(
         >>> round(xpo(*sums).loss.item(), 4)
         0.6208
     """
+    check_tensors("losses.xpo", extra=extra)
     check_not_negative("xpo", "alpha", alpha)
     check_choice("xpo", "form", form, ("logistic", "ipo"))
     sums = policy_chosen, policy_rejected, ref_chosen, ref_rejected

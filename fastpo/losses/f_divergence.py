@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpo.bounds import hold
+from fastpo.checks import check_tensors
 from fastpo.inputs import Is, Trained
 from fastpo.losses._common import (
     LARGEST_EXPONENT,
@@ -71,6 +72,7 @@ def f_divergence_score(
         >>> f_divergence_score(torch.tensor([0.2, -0.5]), "forward_kl")
         tensor([ 0.1813, -0.6487])
     """
+    check_tensors("losses.f_divergence_score", log_ratio=log_ratio)
     check_choice("f_divergence_score", "divergence", divergence, DIVERGENCES)
     check_finite("f_divergence_score", "alpha", alpha)
     log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))

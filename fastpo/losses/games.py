@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import check_positive, fail
 
@@ -35,6 +36,7 @@ def dual_gap(policy: Trained, ref: Tensor, preferences: Tensor, beta: float) -> 
         >>> abs(round(dual_gap(uniform, uniform, cycle, beta=0.5).item(), 4))
         0.0
     """
+    check_tensors("losses.dual_gap", policy=policy, ref=ref, preferences=preferences)
     check_positive("dual_gap", "beta", beta)
     size = policy.shape[-1] if policy.ndim else 0
     if policy.shape != (size,) or ref.shape != (size,) or preferences.shape != (size, size):

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -47,6 +48,7 @@ def gpm_score(first: Tensor, second: Tensor, scales: Tensor | None = None) -> Te
         >>> gpm_score(torch.tensor([[1.2, 1.0]]), torch.tensor([[0.4, 1.0]]))
         tensor([0.8000])
     """
+    check_tensors("losses.gpm_score", first=first, second=second, scales=scales)
     for name, tensor in {"first": first, "second": second}.items():
         if tensor.ndim != 2 or tensor.shape[1] % 2 or tensor.shape != first.shape:
             remedy = "Embed both responses alike, in an even number of dimensions."
@@ -98,6 +100,13 @@ def gpm(
         >>> round(gpm(*pair).loss.item(), 4)
         0.0061
     """
+    check_tensors(
+        "losses.gpm",
+        chosen_embeddings=chosen_embeddings,
+        rejected_embeddings=rejected_embeddings,
+        scales=scales,
+        margins=margins,
+    )
     check_choice("gpm", "form", form, ("logistic", "regression"))
     check_choice("gpm", "reduction", reduction, REDUCTIONS)
     if tau is None:
@@ -135,6 +144,7 @@ def gpo_scores(table: Tensor) -> Tensor:
         >>> gpo_scores(torch.tensor([[[0.0, 0.6], [-0.6, 0.0]]]))
         tensor([[ 0.3000, -0.3000]])
     """
+    check_tensors("losses.gpo_scores", table=table)
     if table.ndim != 3 or table.shape[1] != table.shape[2]:
         remedy = "Compare the K responses of a prompt with each other."
         raise fail("gpo_scores", "table", "[B, K, K]", f"{list(table.shape)}", remedy)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -187,6 +188,7 @@ def a2po_values(scores: Tensor, mask: Tensor | None = None, beta: float = 0.5) -
         >>> a2po_values(torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]))
         tensor([0.4772])
     """
+    check_tensors("losses.a2po_values", scores=scores, mask=mask)
     check_positive("a2po_values", "beta", beta)
     scores_PG, mask_PG = prepare_groups("a2po_values", mask, scores=scores.detach())
     return _soft_values(scores_PG, mask_PG, beta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
@@ -78,6 +79,14 @@ def srpo(
         >>> round(srpo(*plain, *conditional, *ref_conditional).loss.item(), 4)
         0.1581
     """
+    check_tensors(
+        "losses.srpo",
+        ref_chosen_given_rejected=ref_chosen_given_rejected,
+        ref_rejected_given_chosen=ref_rejected_given_chosen,
+        ref_chosen_given_chosen=ref_chosen_given_chosen,
+        ref_rejected_given_rejected=ref_rejected_given_rejected,
+        label=label,
+    )
     check_share("srpo", "alpha", alpha)
     chosen_B, rejected_B = log_ratios(
         "srpo", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, reduction

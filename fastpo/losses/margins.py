@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.checks import check_tensors
 from fastpo.losses._common import check_finite, fail, prepare
 
 Streams = Mapping[str, tuple[Tensor, Tensor]]
@@ -86,6 +87,7 @@ def soft_logistic(margin_B: Tensor, label: Tensor | float = 1.0) -> Tensor:
         >>> soft_logistic(torch.tensor([0.15]), label=0.9)
         tensor([0.6360])
     """
+    check_tensors("losses.soft_logistic", margin_B=margin_B)
     if isinstance(label, Tensor):
         rest_B = 1 - _constant("soft_logistic", "label", label, margin_B)
     elif label == 1:  # 0 * inf would be NaN at an infinite margin
@@ -104,6 +106,7 @@ def squared(margin_B: Tensor, target: Tensor | float) -> Tensor:
         >>> squared(torch.tensor([0.7]), target=1.0)
         tensor([0.0900])
     """
+    check_tensors("losses.squared", margin_B=margin_B)
     if isinstance(target, Tensor):
         target = _constant("squared", "target", target, margin_B)
     return (margin_B - target) ** 2

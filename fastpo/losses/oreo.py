@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -119,6 +120,16 @@ def oreo(
         >>> oreo(*inputs, mask, mask, kl).loss > out.loss
         tensor(True)
     """
+    check_tensors(
+        "losses.oreo",
+        policy=policy,
+        ref=ref,
+        values=values,
+        rewards=rewards,
+        action_mask=action_mask,
+        state_mask=state_mask,
+        kl=kl,
+    )
     check_positive("oreo", "beta", beta)
     check_not_negative("oreo", "kl_weight", kl_weight)
     check_choice("oreo", "level", level, LEVELS)

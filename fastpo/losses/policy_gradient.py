@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpo.bounds import hold
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -127,6 +128,7 @@ def copg_groups(
         >>> round(out.loss.item(), 4)
         -0.2975
     """
+    check_tensors("losses.copg_groups", policy=policy, ref=ref, scores=scores)
     check_positive("copg_groups", "beta", beta)
     check_choice("copg_groups", "reduction", reduction, REDUCTIONS)
     policy_PG, ref_PG, scores_PG = _prepare_rows(
@@ -179,6 +181,7 @@ def nash_md(
         >>> round(out.loss.item(), 4)
         0.5349
     """
+    check_tensors("losses.nash_md", policy=policy, ref=ref)
     check_positive("nash_md", "beta", beta)
     check_choice("nash_md", "credit", credit, ("token", "sequence"))
     check_choice("nash_md", "reduction", reduction, REDUCTIONS)
@@ -275,6 +278,7 @@ def remax(
         >>> round(out.loss.item(), 4)
         0.5917
     """
+    check_tensors("losses.remax", policy=policy, returns=returns)
     check_choice("remax", "reduction", reduction, REDUCTIONS)
     policy_BT, returns_BT = _prepare_rows("remax", "B, T", policy=policy, returns=returns)
     check_flags("remax", "mask", mask, policy)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     LossOutput,
@@ -196,6 +197,7 @@ def prefix_sums(values: Tensor, mask: Tensor, chunks: int) -> tuple[Tensor, Tens
         >>> prefix_sums(-torch.arange(1.0, 6.0)[None], torch.ones(1, 5, dtype=torch.bool), 2)
         (tensor([[-10., -15.]]), tensor([[4, 5]]))
     """
+    check_tensors("losses.prefix_sums", values=values)
     if chunks < 1:
         raise fail("prefix_sums", "chunks", "a number > 0", repr(chunks), "1 is the response.")
     if values.ndim != 2:
@@ -284,5 +286,6 @@ def sppo_single(
         >>> round(out.loss.item(), 1)
         1540.6
     """
+    check_tensors("losses.sppo_single", label=label)
     sums = policy_chosen, policy_rejected, ref_chosen, ref_rejected
     return sppo(*sums, label, 1 - label, beta, reduction)

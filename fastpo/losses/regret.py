@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -43,6 +44,7 @@ def optimal_values(features: Tensor, weights: Tensor, temperature: float = 0.001
         >>> optimal_values(torch.tensor([[1.0], [2.0], [0.5]]), torch.tensor([1.0]))
         tensor(2.)
     """
+    check_tensors("losses.optimal_values", features=features, weights=weights)
     check_positive("optimal_values", "temperature", temperature)
     if features.ndim < 2 or weights.shape != features.shape[-1:]:
         got = f"{list(features.shape)} and {list(weights.shape)}"

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -80,6 +81,7 @@ def rm_margin(
         >>> round(rm_margin(*sums).loss.item(), 4)
         0.4375
     """
+    check_tensors("losses.rm_margin", margins=margins)
     check_choice("rm_margin", "reduction", reduction, REDUCTIONS)
     chosen_B, rejected_B, margins_B = prepare(
         "rm_margin",
@@ -117,6 +119,7 @@ def rm_center(
         >>> round(rm_center(torch.tensor([1.2]), torch.tensor([0.4])).loss.item(), 4)
         0.3967
     """
+    check_tensors("losses.rm_center", chosen_scores=chosen_scores, margins=margins)
     check_not_negative("rm_center", "coefficient", coefficient)
     check_choice("rm_center", "reduction", reduction, REDUCTIONS)
     chosen_B, rejected_B, margins_B = prepare(
@@ -150,6 +153,9 @@ def preference_strength(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple
         >>> preference_strength(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))[0]
         tensor([1.5000])
     """
+    check_tensors(
+        "losses.preference_strength", chosen_scores=chosen_scores, rejected_scores=rejected_scores
+    )
     shape = chosen_scores.shape
     if len(shape) != 2 or shape[1] < 2 or shape != rejected_scores.shape:
         got = f"{list(shape)} and {list(rejected_scores.shape)}"
@@ -180,6 +186,7 @@ def flip_weakest(strengths: Tensor, fraction: float = 0.2) -> Tensor:
         >>> flip_weakest(torch.tensor([0.9, -0.4, 0.2]), fraction=0.34)
         tensor([False,  True, False])
     """
+    check_tensors("losses.flip_weakest", strengths=strengths)
     if not 0 <= fraction <= 1:
         remedy = "The published share is 0.2."
         raise fail("flip_weakest", "fraction", "a number in [0, 1]", repr(fraction), remedy)
@@ -238,6 +245,7 @@ def rm_secrets2(
         >>> round(rm_secrets2(*sums).loss.item(), 4)
         0.7444
     """
+    check_tensors("losses.rm_secrets2", strengths=strengths, flipped=flipped)
     check_choice("rm_secrets2", "form", form, FORMS)
     smooths = form in FORMS[:2]
     if smoothing is not None and not smooths:
@@ -297,6 +305,12 @@ def v0(
         >>> round(v0(torch.tensor([1.2, -0.3]), torch.tensor([0.4, 0.5])).loss.item(), 4)
         0.7562
     """
+    check_tensors(
+        "losses.v0",
+        chosen_scores=chosen_scores,
+        chosen_labels=chosen_labels,
+        rejected_labels=rejected_labels,
+    )
     check_share("v0", "alpha", alpha)
     check_choice("v0", "reduction", reduction, REDUCTIONS)
     ones = torch.ones_like(chosen_scores)

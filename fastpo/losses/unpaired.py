@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -182,6 +183,7 @@ def udm_weights(desirable_probability: Tensor, low: float = 0.5, high: float = 1
         >>> udm_weights(torch.tensor([0.1, 0.75, 1.0]))
         tensor([ 0.5000,  3.0000, 10.0000])
     """
+    check_tensors("losses.udm_weights", desirable_probability=desirable_probability)
     if not 0 < low <= high < math.inf:
         remedy = "The published bounds are 0.5 and 10."
         raise fail("udm_weights", "low, high", "0 < low <= high", f"{low!r}, {high!r}", remedy)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
+
 
 def fail(function: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
     name = f"fastpo.metrics.{function}: {argument}"
@@ -13,6 +15,7 @@ def fail(function: str, argument: str, expected: str, got: str, remedy: str) -> 
 
 def prepare(function: str, **tensors: Tensor) -> list[Tensor]:
     """One shape, detached, in one dtype of at least float32."""
+    check_tensors(f"metrics.{function}", **tensors)
     first = next(iter(tensors))
     dtype = torch.float32
     for name, tensor in tensors.items():

@@ -6,12 +6,9 @@ from itertools import pairwise
 
 import torch
 
+from fastpo.checks import fail
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def fail(op: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
-    """The error every check raises."""
-    return ValueError(f"fastpo.{op}: {argument}: expected {expected}, got {got}. {remedy}")
 
 
 def check_float(op: str, argument: str, tensor: torch.Tensor) -> None:
@@ -28,20 +25,17 @@ def check_same_dtype(op: str, names: str, first: torch.Tensor, second: torch.Ten
         raise fail(op, names, "one dtype", got, "Cast one of them, or run under torch.autocast.")
 
 
-def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors on one device."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise fail(op, "devices", "all tensors on one device", got, "Move them with .to(device).")
-
-
 def check_shape(
     op: str, argument: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str
 ) -> None:
     """Exactly ``shape``; ``why`` says where it comes from."""
-    if tuple(tensor.shape) != tuple(shape):
-        raise fail(op, argument, f"shape {tuple(shape)} ({why})", str(tuple(tensor.shape)), "")
+    got = tuple(tensor.shape)
+    if got == tuple(shape):
+        return
+    remedy = "Slice or reshape it, or what it has to fit."
+    if got in ((*shape, 1), (1, *shape)):
+        remedy = f"Call .squeeze({-1 if got == (*shape, 1) else 0})."
+    raise fail(op, argument, f"shape {tuple(shape)} ({why})", str(got), remedy)
 
 
 def check_targets(op: str, targets: torch.Tensor, vocab: int, ignore_index: int) -> None:
@@ -91,7 +85,8 @@ def check_offsets(op: str, cu_seqlens: torch.Tensor, length: int) -> torch.Tenso
 def check_positive(op: str, argument: str, value: float) -> None:
     """A positive finite number."""
     if not (value > 0 and value < float("inf")):
-        raise fail(op, argument, "a positive finite number", repr(value), "")
+        remedy = "Leave it out for the default."
+        raise fail(op, argument, "a positive finite number", repr(value), remedy)
 
 
 def check_transform(

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from fastpo import backends
-from fastpo.ops._check import (
-    check_float,
-    check_offset_values,
-    check_same_device,
-    check_shape,
-    fail,
-)
+from fastpo.checks import check_operands, fail
+from fastpo.ops._check import check_float, check_offset_values, check_shape
 from fastpo.ops._library import Gradient, register
 from fastpo.tiles import accumulation_dtype
 
@@ -43,14 +38,14 @@ def check(
     Raises:
         ValueError: they do not fit.
     """
+    check_operands(
+        op, values=values, reference=reference, weights=weights, mask=mask, cu_seqlens=offsets
+    )
     check_float(op, "values", values)
     if values.ndim != (2 if offsets is None else 1):
         expected = "rows [B, T]" if offsets is None else "packed [N], as cu_seqlens is given"
         remedy = "Padded rows go without cu_seqlens, packed values with it."
         raise fail(op, "values", expected, f"{list(values.shape)}", remedy)
-    check_same_device(
-        op, values=values, reference=reference, weights=weights, mask=mask, cu_seqlens=offsets
-    )
     shape, acc = tuple(values.shape), accumulation_dtype(values.dtype)
     if reference is not None:
         check_shape(op, "reference", reference, shape, "that of values")

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_operands, fail
 from fastpo.operands import replaced
-from fastpo.ops._check import check_float, check_offsets, check_same_device, fail
+from fastpo.ops._check import check_float, check_offsets
 from fastpo.tiles import accumulation_dtype
 
 
@@ -57,13 +58,13 @@ def check_tokens(
     **others: Tensor | None,
 ) -> Layout:
     """Layout of the token values ``name``; ``others`` have to lie on the same device."""
+    tensors = {name: values, "mask": mask, "cu_seqlens": cu_seqlens, **others}
+    check_operands(function, **tensors)
     check_float(function, name, values)
     if values.ndim != (2 if cu_seqlens is None else 1):
         expected = "rows [B, T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
         remedy = "Padded rows go without cu_seqlens, packed tokens with it."
         raise fail(function, name, expected, f"{list(values.shape)}", remedy)
-    tensors = {name: values, "mask": mask, "cu_seqlens": cu_seqlens, **others}
-    check_same_device(function, **tensors)
     offsets = None
     if cu_seqlens is not None:
         offsets = check_offsets(function, cu_seqlens, values.shape[0])
@@ -76,6 +77,7 @@ def check_tokens(
 
 def check_flags(function: str, name: str, flags: Tensor | None, layout: Layout) -> None:
     """A bool per token, if given."""
+    check_operands(function, **{name: flags})
     if flags is not None and (flags.dtype != torch.bool or tuple(flags.shape) != layout.shape):
         expected, got = f"torch.bool {list(layout.shape)}", f"{flags.dtype} {list(flags.shape)}"
         raise fail(function, name, expected, got, "Call .bool() on 0s and 1s; one per token.")
@@ -85,6 +87,7 @@ def per_token(function: str, name: str, values: Tensor | None, layout: Layout) -
     """A float per token, detached, in a dtype of its own."""
     if values is None:
         return None
+    check_operands(function, **{name: values})
     check_float(function, name, values)
     if tuple(values.shape) != layout.shape:
         expected, got = f"one value per token, {list(layout.shape)}", f"{list(values.shape)}"
@@ -96,6 +99,7 @@ def operand(function: str, name: str, values: Tensor | None, layout: Layout) -> 
     """A float per sequence as [B, 1], or per token; detached, in the accumulation dtype."""
     if values is None:
         return None
+    check_operands(function, **{name: values})
     check_float(function, name, values)
     B, shape = layout.sequences, tuple(values.shape)
     if shape not in ((B,), (B, 1), layout.shape):

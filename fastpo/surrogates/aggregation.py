@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.ops._check import fail
 
 AGGREGATIONS = (
@@ -125,6 +126,7 @@ def aggregate(
         >>> aggregate(torch.tensor([6.0, 1.0]), torch.tensor([3, 1]), "sequence_mean")
         tensor(1.5000)
     """
+    check_tensors("surrogates.aggregate", loss_B=loss_B, tokens_B=tokens_B)
     check_aggregation(
         "surrogates.aggregate",
         aggregation,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_operands, fail
 from fastpo.groups import Groups
-from fastpo.ops._check import check_float, check_same_device, fail
+from fastpo.ops._check import check_float
 
 _FUNCTION = "surrogates.gtpo_weights"
 
@@ -109,6 +110,7 @@ def gtpo_weights(
         (tensor([3, 3]), tensor([[2., 1., 2., 2.],
                 [0., 1., 0., 0.]]))
     """
+    check_operands(_FUNCTION, ids=ids, mask=mask, advantages=advantages, entropy=entropy)
     if ids.ndim != 2 or ids.dtype != torch.int64:
         got = f"{ids.dtype} {list(ids.shape)}"
         raise fail(_FUNCTION, "ids", "int64 [B, T]", got, "Pad the responses on the right.")
@@ -119,8 +121,7 @@ def gtpo_weights(
         check_float(_FUNCTION, name, tensor)
         if tensor.shape != ids.shape[:1]:
             expected = f"one value per sequence, [{ids.shape[0]}]"
-            raise fail(_FUNCTION, name, expected, f"{list(tensor.shape)}", "")
-    check_same_device(_FUNCTION, ids=ids, mask=mask, advantages=advantages, entropy=entropy)
+            raise fail(_FUNCTION, name, expected, f"{list(tensor.shape)}", "One per row of ids.")
     numbers = {
         "entropy_coef": entropy_coef,
         "entropy_max": entropy_max,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.ops._check import check_float, fail
 from fastpo.surrogates._inputs import (
     Layout,
@@ -297,6 +298,7 @@ def dagrpo_mask(
         tensor([[ True,  True],
                 [False, False]])
     """
+    check_tensors("surrogates.dagrpo_mask", mask=mask, cu_seqlens=cu_seqlens)
     function = "surrogates.dagrpo_mask"
     tensors = {"distinctiveness": distinctiveness}
     values = torch.zeros(mask.shape, device=mask.device)
@@ -341,6 +343,7 @@ def etr_clip_bounds(
         >>> [round(x, 4) for x in high.tolist()]
         [0.2, 0.34]
     """
+    check_tensors("surrogates.etr_clip_bounds", advantages=advantages, pass_rates=pass_rates)
     function = "surrogates.etr_clip_bounds"
     numbers = {
         "clip_low": clip_low,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastpo.checks import check_tensors
+
 
 def fail(function: str, argument: str, expected: str, got: str, remedy: str) -> ValueError:
     """The error of every check: what was expected, what came and what to do."""
@@ -22,6 +24,7 @@ def check_range(
 
 def check_masks(function: str, **masks: Tensor) -> None:
     """Bool masks [B, T] of one batch: T may differ, B and the device may not."""
+    check_tensors(f"weights.{function}", **masks)
     first = next(iter(masks))
     for name, mask in masks.items():
         if mask.ndim != 2 or mask.dtype != torch.bool:
@@ -35,6 +38,7 @@ def check_masks(function: str, **masks: Tensor) -> None:
 
 def check_like(function: str, argument: str, tensor: Tensor, name: str, other: Tensor) -> None:
     """One shape and one device."""
+    check_tensors(f"weights.{function}", **{argument: tensor, name: other})
     if tensor.shape != other.shape or tensor.device != other.device:
         expected = f"shape {list(other.shape)} on {other.device} as {name}"
         got = f"{list(tensor.shape)} on {tensor.device}"

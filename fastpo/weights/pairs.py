@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.weights._common import (
     accumulation,
     check_like,
@@ -229,6 +230,9 @@ def tgdpo_weights(
         >>> tgdpo_weights(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0]]))
         (tensor([[1.1000, 1.0000]]), tensor([[0.9000]]))
     """
+    check_tensors(
+        "weights.tgdpo_weights", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
+    )
     scale = alpha * beta
     if not abs(scale) < float("inf"):
         raise fail("tgdpo_weights", "alpha, beta", "finite numbers", f"{alpha}, {beta}", "")
@@ -257,6 +261,7 @@ def ma_po_weights(activations: Tensor, mask: Tensor) -> Tensor:
         >>> ma_po_weights(torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3).bool())
         tensor([[1.0000, 0.0000, 0.5000]])
     """
+    check_tensors("weights.ma_po_weights", activations=activations)
     check_masks("ma_po_weights", mask=mask)
     values_BT = accumulation(activations)
     values_BT = values_BT.flatten(2).mean(2) if values_BT.ndim > 2 else values_BT

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.checks import check_tensors
 from fastpo.weights._common import accumulation, check_like, check_masks, fail
 
 _EPS = 1e-10  # inside UPO's logarithms, as in the authors' code
@@ -125,6 +126,7 @@ def bald(probs: Tensor) -> Tensor:
         >>> bald(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]))
         tensor([0.])
     """
+    check_tensors("weights.bald", probs=probs)
     _check_passes("bald", probs)
     probs_TBC = accumulation(probs)
 
@@ -152,6 +154,7 @@ def upo_filter(probs: Tensor) -> Tensor:
         >>> upo_filter(torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]))
         tensor([ True, False])
     """
+    check_tensors("weights.upo_filter", probs=probs)
     _check_passes("upo_filter", probs)
     classes_C = torch.arange(probs.shape[2], device=probs.device)
     votes_BC = (probs.argmax(2)[..., None] == classes_C).sum(0)
@@ -179,6 +182,7 @@ def upo_weights(uncertainty: Tensor, prefer: str = "easy") -> Tensor:
         >>> upo_weights(torch.tensor([0.1, 0.3]), "hard")
         tensor([0.2500, 0.7500])
     """
+    check_tensors("weights.upo_weights", uncertainty=uncertainty)
     if prefer not in ("easy", "hard"):
         remedy = "Pick one of them."
         raise fail("upo_weights", "prefer", "one of easy, hard", repr(prefer), remedy)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fastpo.losses._common import REDUCTIONS, Reduction, check_choice, fail, prepare
+from fastpo.losses._common import REDUCTIONS, Reduction, check_choice, check_inputs, fail, prepare
 
 
 def check_scale(loss: str, argument: str, value: float) -> None:
@@ -27,6 +27,7 @@ def prepare_errors(
     ``dims`` is ``[B]``, or tells both dimensions of errors that are kept per segment or pair;
     ``remedy`` is for other numbers of dimensions.
     """
+    check_inputs(loss, **errors)
     ndim = dims.count(",") + 1
     shape = next(iter(errors.values())).shape
     for name, error in errors.items():
@@ -67,6 +68,7 @@ def error_gains(
 
 def pair_weights(loss: str, weights: Tensor, like: Tensor) -> Tensor:
     """Weights [B] as constants in the dtype of the errors."""
+    check_inputs(loss, weights=weights)
     if weights.shape != like.shape[:1] or weights.device != like.device:
         expected = f"[{like.shape[0]}] on {like.device}"
         got = f"{list(weights.shape)} on {weights.device}"

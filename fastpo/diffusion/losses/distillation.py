@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion import targets
 from fastpo.diffusion._inputs import check_fields, per_sample
 from fastpo.diffusion.errors import noise_errors
@@ -122,6 +123,7 @@ def self_npo(
         >>> round(self_npo(eps, x_t, y, 0.64, huber=0.0).loss.item(), 6)
         0.0025
     """
+    check_tensors("diffusion.losses.self_npo", prediction=prediction, noisy=noisy, clean=clean)
     name = "diffusion.losses.self_npo"
     check_choice(name, "reduction", reduction, REDUCTIONS)
     abar_N = per_sample(name, "alphas_cumprod", alphas_cumprod, prediction, torch.float64)
@@ -162,6 +164,7 @@ def renoise(
         >>> renoise(torch.tensor([[0.3, -0.1]]), torch.tensor([[1.0, -0.5]]), 0.64, 0.25)
         tensor([[ 0.9681, -0.4528]])
     """
+    check_tensors("diffusion.losses.renoise", noisy=noisy, noise=noise)
     name = "diffusion.losses.renoise"
     noisy, noise = noisy.detach(), noise.detach()
     check_fields(name, noisy=noisy, noise=noise)

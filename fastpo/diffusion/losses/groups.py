@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion.losses._common import check_scale
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -64,6 +65,7 @@ def gdro(
         >>> round(out.loss.item(), 4)
         1.9092
     """
+    check_tensors("diffusion.losses.gdro", scores=scores, mask=mask)
     name = "diffusion.losses.gdro"
     check_scale(name, "beta", beta)
     check_not_negative(name, "tau", tau)
@@ -104,6 +106,7 @@ def corrected_reward(reward: Tensor, quality: Tensor) -> Tensor:
         >>> corrected_reward(torch.tensor(0.9), torch.tensor(3.5))
         tensor(0.6500)
     """
+    check_tensors("diffusion.losses.corrected_reward", reward=reward, quality=quality)
     return reward.detach() * (quality.detach() - 3) + 0.2
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion.losses._common import check_scale, error_gains, prepare_errors
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -65,6 +66,7 @@ def dense_dpo(
         >>> round(dense_dpo(first, second, zero, zero, labels, beta=2.0).loss.item(), 4)
         0.762
     """
+    check_tensors("diffusion.losses.dense_dpo", labels=labels, weights=weights)
     name = "diffusion.losses.dense_dpo"
     check_scale(name, "beta", beta)
     check_choice(name, "norm", norm, ("all", "valid", "none"))
@@ -133,6 +135,7 @@ def inversion_dpo(
         >>> round(out.loss.item(), 4)
         0.6794
     """
+    check_tensors("diffusion.losses.inversion_dpo", alphas_cumprod=alphas_cumprod)
     name = "diffusion.losses.inversion_dpo"
     check_scale(name, "beta", beta)
     check_scale(name, "kappa", kappa)
