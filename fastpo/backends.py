@@ -74,6 +74,8 @@ def name(device: torch.device | str) -> str:
         reasons = "; ".join(f"{b}: {why_not(b, device) or 'available'}" for b in NAMES)
         remedy = (
             'Reinstall with the CUDA toolkit on PATH, or ask for another by backends.use("...").'
+            if device.type in _DEVICES
+            else 'Move them with .to("cpu") or .to("cuda").'
         )
         raise BackendError(
             f"fastpo has no {chosen} kernels for {device} tensors ({reasons}). {remedy}"

@@ -177,9 +177,10 @@ def linear_token_stats(
     ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``.
 
     The gradient flows from ``logprobs``, ``lse`` and ``entropy`` to hidden, weight, bias and the
-    LoRA factors; the others carry none. In matrix passes of ``2 N H V`` FLOP over the active
-    tokens, forward and backward together: 1 without a gradient, 2 with a frozen head, 4 with a
-    trained one.
+    LoRA factors; the others carry none. It is the only derivative: a second one
+    (``create_graph=True``) and forward mode are errors. In matrix passes of ``2 N H V`` FLOP over
+    the active tokens, forward and backward together: 1 without a gradient, 2 with a frozen head, 4
+    with a trained one.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64, any strides.
@@ -207,8 +208,10 @@ def linear_token_stats(
         The statistics in float32 (float64 for float64 inputs), each shaped as ``targets``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that do not fit; on a CPU also a target out of
-            range (on a GPU it gives NaN at its token, without a synchronisation).
+        ValueError: shapes, dtypes, devices or names that do not fit, what is no plain tensor (a
+            module, a quantised or distributed weight); on a CPU also a target out of range (on a
+            GPU it gives NaN at its token, without a synchronisation).
+        RuntimeError: a second derivative or forward mode.
 
     Example:
         >>> import torch, fastpo

@@ -22,7 +22,8 @@ def logprobs(
     """``log_softmax(z, -1).gather(-1, targets)`` in one read of the logits, with no buffer.
 
     ``z = softcap * tanh(logit_scale * logits / softcap) / temperature``. Where the logits need not
-    exist, :func:`fastpo.linear_logprobs` costs less.
+    exist, :func:`fastpo.linear_logprobs` costs less. The gradient is the only derivative: a second
+    one and forward mode are errors.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64; rows may have any stride (a slice

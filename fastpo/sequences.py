@@ -4,7 +4,7 @@ Sequences are the rows of padded values [B, T], with a mask, or the pieces of pa
 between the cumulative lengths ``cu_seqlens`` [B + 1]. Packed values may have a mask as well; a
 token counts if it lies in a sequence and in the mask. Results are float32, or float64 for float64
 values. Positions that do not count contribute exactly 0 and get exactly 0 gradient, even where the
-value is NaN or infinite.
+value is NaN or infinite. Results may be differentiated any number of times, in reverse mode.
 """
 
 from __future__ import annotations

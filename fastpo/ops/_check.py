@@ -15,7 +15,8 @@ def check_float(op: str, argument: str, tensor: torch.Tensor) -> None:
     """A float tensor of a supported type."""
     if tensor.dtype not in FLOATS:
         expected = "float32, bfloat16, float16 or float64"
-        raise fail(op, argument, expected, str(tensor.dtype), "Cast it with .to(torch.float32).")
+        remedy = "Cast it with .to(torch.float32); dequantise it first if it holds a code."
+        raise fail(op, argument, expected, str(tensor.dtype), remedy)
 
 
 def check_same_dtype(op: str, names: str, first: torch.Tensor, second: torch.Tensor) -> None:
