@@ -26,13 +26,18 @@ def _remedy(argument: str, value: Any) -> str:
     return f"Pass its .weight{bias}."
 
 
-def check_tensors(function: str, **values: Any) -> None:
-    """Each is a tensor, or None for one that is not given.
+def check_tensors(
+    function: str, optional: dict[str, Any] | None = None, /, **required: Any
+) -> None:
+    """Each is a tensor; of the optional ones, None says that it is not given.
 
     Raises:
         ValueError: one is something else, such as a list, an array or a module.
     """
-    for argument, value in values.items():
+    for argument, value in required.items():
+        if value is None:
+            raise fail(function, argument, "a tensor", "None", f"Give {argument}.")
+    for argument, value in (required | (optional or {})).items():
         if value is not None and not isinstance(value, Tensor):
             kind = type(value)
             name = f"{'an' if kind.__name__[0] in 'aeiouAEIOU' else 'a'} {kind.__name__}"
@@ -59,13 +64,16 @@ def _not_plain(tensor: Tensor) -> tuple[str, str] | None:
     return f"a {name}, made of other tensors", "Pass it dequantised, or as a plain torch.Tensor."
 
 
-def check_operands(function: str, **tensors: Tensor | None) -> None:
-    """Plain tensors on one device that there are kernels for; None for one that is not given.
+def check_operands(
+    function: str, optional: dict[str, Tensor | None] | None = None, /, **required: Tensor
+) -> None:
+    """Plain tensors on one device that there are kernels for; the optional ones may be None.
 
     Raises:
         ValueError: they are not.
     """
-    check_tensors(function, **tensors)
+    check_tensors(function, optional, **required)
+    tensors = required | (optional or {})
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for argument, tensor in given.items():
         if not torch.compiler.is_compiling():

@@ -126,10 +126,8 @@ def linear_divergence(
         (torch.Size([2, 5]), torch.Size([2, 5, 16]))
     """
     op = "linear_divergence"
-    linear.check_head(
-        op, hidden, weight, bias, lora, ref_hidden=ref_hidden, ref_weight=ref_weight,
-        ref_bias=ref_bias, mask=mask,
-    )  # fmt: skip
+    optional = {"ref_weight": ref_weight, "ref_bias": ref_bias, "mask": mask}
+    linear.check_head(op, hidden, weight, bias, lora, optional, ref_hidden=ref_hidden)
     alpha = _check_kind(op, kind, alpha)
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
     budget = linear.workspace(op, hidden, workspace_bytes)
@@ -217,7 +215,7 @@ def divergence(
         torch.Size([2, 5])
     """
     op = "divergence"
-    check_operands(op, logits=logits, ref_logits=ref_logits, mask=mask)
+    check_operands(op, {"mask": mask}, logits=logits, ref_logits=ref_logits)
     alpha = _check_kind(op, kind, alpha)
     transform = _check.check_transform(op, logit_scale, softcap, temperature)
     _check.check_float(op, "logits", logits)

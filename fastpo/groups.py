@@ -253,12 +253,12 @@ def group_stats(
         >>> stats.mean, stats.std(), stats.arg_max
         (tensor([0.5000, 2.0000]), tensor([0.5000, 0.0000]), tensor([0, 3]))
     """
-    check_tensors("group_stats", weights=weights)
+    check_tensors("group_stats", {"weights": weights})
     _check_values("group_stats", values)
     groups = _groups_of("group_stats", values, groups)
     values_NK, weights_NK = _columns(values), None
     if weights is not None:
-        check_operands("group_stats", values=values, weights=weights)
+        check_operands("group_stats", {"weights": weights}, values=values)
         if weights.shape not in (values.shape[:1], values.shape):
             expected, got = f"[N] or the shape of values {list(values.shape)}", list(weights.shape)
             raise fail("group_stats", "weights", expected, str(got), "Expand it.")

@@ -86,7 +86,7 @@ def _cast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device_type)) if castable else tensor
 
 
-def check_head(op, hidden, weight, bias, lora, prefix="", **others) -> None:
+def check_head(op, hidden, weight, bias, lora, optional=None, /, **required) -> None:
     """The first check: one model's tensors, and others, are plain tensors on one device."""
     factors = {}
     if lora is not None:
@@ -97,8 +97,8 @@ def check_head(op, hidden, weight, bias, lora, prefix="", **others) -> None:
         if not isinstance(lora[2], (int, float)):
             remedy = "Pass layer.scaling[adapter] of peft, lora_alpha / r."
             raise fail(op, "lora.scaling", "a number", repr(lora[2]), remedy)
-    head = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
-    check_operands(op, **head, **factors, **others)
+    optional = {"bias": bias} | (optional or {})
+    check_operands(op, optional, hidden=hidden, weight=weight, **factors, **required)
 
 
 def head_tensors(op, hidden, weight, bias, lora, prefix="") -> tuple:

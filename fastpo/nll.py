@@ -67,7 +67,7 @@ def linear_nll(
         torch.Size([100, 16])
     """
     op = "linear_nll"
-    linear.check_head(op, hidden, weight, bias, None, targets=targets, weights=weights)
+    linear.check_head(op, hidden, weight, bias, None, {"weights": weights}, targets=targets)
     if reduction not in ("mean", "sum"):
         remedy = "Take linear_logprobs for one value per token."
         raise fail(op, "reduction", "'mean' or 'sum'", repr(reduction), remedy)

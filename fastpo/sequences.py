@@ -32,10 +32,8 @@ def _sums_and_counts(
     cu_seqlens: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_operands(
-        function, values=values, reference=reference, mask=mask, cu_seqlens=cu_seqlens,
-        weights=weights,
-    )  # fmt: skip
+    optional = {"reference": reference, "mask": mask, "cu_seqlens": cu_seqlens, "weights": weights}
+    check_operands(function, optional, values=values)
     offsets = _offsets(function, cu_seqlens)
     if reference is not None and reference.dtype != values.dtype:
         common = torch.promote_types(values.dtype, reference.dtype)
@@ -133,7 +131,7 @@ def sequence_counts(mask: Tensor | None = None, cu_seqlens: Tensor | None = None
         >>> sequence_counts(cu_seqlens=torch.tensor([0, 2, 6]))
         tensor([2, 4])
     """
-    check_operands("sequence_counts", mask=mask, cu_seqlens=cu_seqlens)
+    check_operands("sequence_counts", {"mask": mask, "cu_seqlens": cu_seqlens})
     offsets = _offsets("sequence_counts", cu_seqlens)
     if mask is not None:
         values = mask.float()
@@ -178,8 +176,6 @@ def sequence_log_ratios(
         >>> sequence_log_ratios(policy, reference)
         tensor([0.2500])
     """
-    check_tensors(
-        "sequence_log_ratios", policy=policy, mask=mask, cu_seqlens=cu_seqlens, weights=weights
-    )
+    check_tensors("sequence_log_ratios", policy=policy, reference=reference)
     function = "sequence_log_ratios"
     return _sums_and_counts(function, policy, reference, mask, cu_seqlens, weights)[0]

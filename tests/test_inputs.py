@@ -31,7 +31,8 @@ def test_what_is_no_tensor_is_refused_by_name(name):
     for argument, value in given.items():
         if not isinstance(value, Tensor):
             continue
-        for other in _lists_and_arrays(value):
+        is_required = signature.parameters[argument].default is inspect.Parameter.empty
+        for other in (*_lists_and_arrays(value), *([None] if is_required else [])):
             bound = signature.bind(*args, **kwargs)
             bound.arguments[argument] = other
             with pytest.raises(ValueError, match=r"fastpo\..*expected .*, got .*\. \w") as raised:

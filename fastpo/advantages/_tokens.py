@@ -28,7 +28,7 @@ def check_tokens(
     )
     if mask is not None:
         tokens["mask"] = mask
-    check_operands(f"advantages.{function}", **tokens, **rows, cu_seqlens=cu_seqlens)
+    check_operands(f"advantages.{function}", {"cu_seqlens": cu_seqlens}, **tokens, **rows)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise fail(function, "mask", "torch.bool", mask.dtype, "Call mask.bool().")

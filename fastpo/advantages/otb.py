@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpo.advantages._common import floats
 from fastpo.advantages._tokens import active_tokens, check_tokens, discounted_sums
+from fastpo.checks import check_tensors
 from fastpo.groups import Groups, group_stats
 
 
@@ -53,6 +54,7 @@ def otb(
                 [-0.2407, -0.2392]])
     """
     tokens = {"rewards": rewards, "logprobs": logprobs, "log_sum_sq_probs": log_sum_sq_probs}
+    check_tensors("advantages.otb", **tokens)
     check_tokens("otb", tokens | {"importance_weights": importance_weights}, mask, None)
     rewards, logps, sq_log = floats(rewards, logprobs, log_sum_sq_probs)
     (N, T), device = rewards.shape, rewards.device

@@ -192,6 +192,7 @@ def last_token_rewards(rewards: Tensor, mask: Tensor, cu_seqlens: Tensor | None 
         >>> last_token_rewards(torch.tensor([2.0]), mask)
         tensor([[0., 2., 0.]])
     """
+    check_tensors("advantages.last_token_rewards", rewards=rewards, mask=mask)
     offsets = check_tokens("last_token_rewards", {}, mask, cu_seqlens, {"rewards": rewards})
     (rewards_B,) = floats(rewards)
     last_B = last_tokens(active_tokens(mask, mask, offsets), offsets)
@@ -233,6 +234,7 @@ def k1_in_reward(
         >>> k1_in_reward(rewards, torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]))
         tensor([[-0.0250,  1.0500]])
     """
+    check_tensors("advantages.k1_in_reward", rewards=rewards, old=old, ref=ref)
     tokens = {"rewards": rewards, "old": old, "ref": ref}
     offsets = check_tokens("k1_in_reward", tokens, mask, cu_seqlens)
     rewards, old, ref = floats(rewards, old, ref)

@@ -83,7 +83,7 @@ def masked_whiten(
         >>> masked_whiten(torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.arange(4) < 3)
         tensor([-1.,  0.,  1.,  0.])
     """
-    check_tensors("advantages.masked_whiten", values=values, mask=mask)
+    check_tensors("advantages.masked_whiten", {"mask": mask}, values=values)
     if mask is not None and (mask.shape != values.shape or mask.dtype != torch.bool):
         got = f"{mask.dtype} {list(mask.shape)}"
         remedy = "Call mask.bool()."
@@ -135,6 +135,7 @@ def gae(
         >>> gae(rewards, values, lam=0.5).advantages
         tensor([[0.3250, 0.4500, 0.5000]])
     """
+    check_tensors("advantages.gae", rewards=rewards, values=values)
     _check_unit("gae", gamma=gamma, lam=lam)
     tokens, rows = {"rewards": rewards, "values": values}, {"bootstrap": bootstrap}
     offsets = check_tokens("gae", tokens, mask, cu_seqlens, rows)
@@ -188,6 +189,7 @@ def truncated_gae(
         >>> truncated_gae(rewards, values, torch.tensor([False]), lam=0.5).advantages
         tensor([[0.2000, 0.2000, 0.0000]])
     """
+    check_tensors("advantages.truncated_gae", rewards=rewards, values=values, finished=finished)
     tokens, rows = {"rewards": rewards, "values": values}, {"finished": finished}
     offsets = check_tokens("truncated_gae", tokens, mask, cu_seqlens, rows)
     _check_finished("truncated_gae", finished)
@@ -238,6 +240,7 @@ def tppo_masks(
                 [False, False,  True]]), value=tensor([[ True,  True,  True],
                 [False, False, False]]))
     """
+    check_tensors("advantages.tppo_masks", mask=mask, finished=finished)
     rows = {"finished": finished, "window_starts": window_starts}
     offsets = check_tokens("tppo_masks", {}, mask, cu_seqlens, rows)
     _check_finished("tppo_masks", finished)
@@ -279,6 +282,7 @@ def discounted_returns(
         >>> discounted_returns(torch.tensor([[-0.1, -0.2, 1.0]]), gamma=0.9)
         tensor([[0.5300, 0.7000, 1.0000]])
     """
+    check_tensors("advantages.discounted_returns", rewards=rewards)
     _check_unit("discounted_returns", gamma=gamma)
     offsets = check_tokens("discounted_returns", {"rewards": rewards}, mask, cu_seqlens)
     return discounted_sums(*floats(rewards), mask, offsets, gamma, restart)
@@ -316,6 +320,7 @@ def reinforce_pp(
         tensor([[ 0.8660,  0.8660],
                 [-0.8660, -0.8660]])
     """
+    check_tensors("advantages.reinforce_pp", rewards=rewards)
     _check_unit("reinforce_pp", gamma=gamma)
     offsets = check_tokens("reinforce_pp", {"rewards": rewards}, mask, cu_seqlens)
     returns = discounted_sums(*floats(rewards), mask, offsets, gamma, restart=True)
@@ -351,6 +356,7 @@ def remax(
         >>> remax(torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([0.25]))
         tensor([[1.2500, 1.2500, 0.7500]])
     """
+    check_tensors("advantages.remax", rewards=rewards, greedy_rewards=greedy_rewards)
     rows = {"greedy_rewards": greedy_rewards}
     offsets = check_tokens("remax", {"rewards": rewards}, mask, cu_seqlens, rows)
     rewards, greedy_B = floats(rewards, greedy_rewards)

@@ -26,8 +26,8 @@ def check_fields(op: str, **fields: Tensor | None) -> None:
     Raises:
         ValueError: they do not fit.
     """
-    check_operands(op, **fields)
     (first, base), *others = fields.items()
+    check_operands(op, dict(others), **{first: base})
     check_float(op, first, base)
     if base.ndim < 1:
         remedy = "Add a first dimension for the samples."

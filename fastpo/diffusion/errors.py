@@ -68,12 +68,12 @@ def _errors(
             got, remedy = f"a {type(target).__name__}", "Pass torch.as_tensor(target)."
             raise fail(name, "target", "a tensor or a Target", got, remedy)
         target = Target(target)
-    check_tensors(name, mask=mask, weights=weights)
+    check_tensors(name, {"mask": mask, "weights": weights})
     check_fields(name, prediction=prediction, target=target.first, second_target=target.second,
                  reference=reference)  # fmt: skip
     check_constant(name, target=target.first, second_target=target.second, weights=weights)
     segment_dim = _check_options(name, prediction, segment_dim, reduction, huber)
-    check_operands(name, prediction=prediction, mask=mask, weights=weights)
+    check_operands(name, {"mask": mask, "weights": weights}, prediction=prediction)
     acc = op.accumulation_of(prediction, target.first, target.second, reference)
     elements = None
     if mask is not None:
@@ -202,6 +202,7 @@ def noise_errors_with_reference(
         >>> errors.tolist(), reference_errors.tolist()
         ([2.5], [1.0])
     """
+    check_tensors("diffusion.noise_errors_with_reference", reference=reference)
     return _errors(
         "diffusion.noise_errors_with_reference", prediction, reference, target, mask, weights,
         scale, segment_dim, reduction, huber,

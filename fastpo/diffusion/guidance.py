@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.diffusion._inputs import check_fields, per_sample
 from fastpo.ops._check import fail
 from fastpo.ops.noise_errors import accumulation_of
@@ -32,6 +33,7 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) ->
         >>> guided(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 2.0]]), 5.0)
         tensor([[3., 2.]])
     """
+    check_tensors("diffusion.guidance.guided", unconditional=unconditional)
     name = "diffusion.guidance.guided"
     check_fields(name, conditional=conditional, unconditional=unconditional)
     acc = accumulation_of(conditional, unconditional)

@@ -391,7 +391,8 @@ def step_log_probs(
         0.07017
     """
     name = "diffusion.step_log_probs"
-    check_tensors(name, next_samples=next_samples, unconditional=unconditional)
+    optional = {"unconditional": unconditional}
+    check_tensors(name, optional, sample=sample, next_samples=next_samples)
     check_fields(name, prediction=prediction, sample=sample, unconditional=unconditional)
     check_constant(name, sample=sample, next_samples=next_samples)
     single = next_samples.ndim == prediction.ndim
@@ -455,6 +456,7 @@ def step_kl(
         >>> round(step_kl(step, policy, reference).item(), 6)
         0.000527
     """
+    check_tensors("diffusion.step_kl", reference=reference)
     name = "diffusion.step_kl"
     check_fields(
         name, prediction=prediction, reference=reference, unconditional=unconditional,

@@ -60,9 +60,11 @@ def fail(loss: str, argument: str, expected: str, got: str, remedy: str) -> Valu
     return ValueError(f"fastpo.{place}: {argument}: expected {expected}, got {got}. {remedy}")
 
 
-def check_inputs(loss: str, **inputs: Tensor | None) -> None:
-    """Each is a tensor, or None for one that is not given."""
-    check_tensors(loss if "." in loss else f"losses.{loss}", **inputs)
+def check_inputs(
+    loss: str, optional: dict[str, Tensor | None] | None = None, /, **required: Tensor
+) -> None:
+    """Each is a tensor; the optional ones may be None."""
+    check_tensors(loss if "." in loss else f"losses.{loss}", optional, **required)
 
 
 def prepare(loss: str, **statistics: Tensor) -> list[Tensor]:

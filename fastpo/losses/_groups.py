@@ -10,7 +10,7 @@ from fastpo.losses._lists import prepare_lists
 
 def prepare_groups(loss: str, mask: Tensor | None, **statistics: Tensor) -> list[Tensor]:
     """:func:`prepare_lists` of [P, G]: checked, of one dtype, 0 at padding; the mask comes last."""
-    check_inputs(loss, mask=mask, **statistics)
+    check_inputs(loss, {"mask": mask}, **statistics)
     for name, tensor in statistics.items():
         if tensor.ndim != 2 or tensor.shape[1] == 0:
             remedy = "Give the G responses of each of P prompts; pad short groups and pass a mask."
@@ -22,7 +22,7 @@ def prepare_groups(loss: str, mask: Tensor | None, **statistics: Tensor) -> list
 def check_kl(loss: str, kl: Tensor | None, kl_weight: float) -> None:
     """A mean over the batch, and a weight of at least zero."""
     check_not_negative(loss, "kl_weight", kl_weight)
-    check_inputs(loss, kl=kl)
+    check_inputs(loss, {"kl": kl})
     if kl is not None and (kl.ndim or not kl.is_floating_point()):
         got, remedy = f"{kl.dtype} {list(kl.shape)}", "Take its mean over the tokens of the batch."
         raise fail(loss, "kl", "one real number, 0-d", got, remedy)

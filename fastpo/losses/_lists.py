@@ -13,7 +13,7 @@ def prepare_lists(loss: str, mask: Tensor | None, **statistics: Tensor) -> list[
 
     Padding is set to 0, so that nothing there, not even NaN, reaches a loss or a gradient.
     """
-    check_inputs(loss, mask=mask, **statistics)
+    check_inputs(loss, {"mask": mask}, **statistics)
     first = next(iter(statistics))
     shape = statistics[first].shape
     for name, tensor in statistics.items():

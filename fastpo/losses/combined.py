@@ -169,7 +169,7 @@ def rpo(
         0.5375
     """
     check_tensors(
-        "losses.rpo", chosen_counts=chosen_counts, nll_sums=nll_sums, nll_counts=nll_counts
+        "losses.rpo", {"nll_sums": nll_sums, "nll_counts": nll_counts}, chosen_counts=chosen_counts
     )
     check_not_negative("rpo", "eta", eta)
     sums = policy_chosen, policy_rejected, ref_chosen, ref_rejected

@@ -137,5 +137,6 @@ def power_dl(
         >>> round(power_dl(*sums, *counts, label=label).loss.item(), 4)
         0.6829
     """
+    check_tensors("losses.power_dl", label=label)
     sums, counts = (policy_chosen, policy_rejected), (chosen_counts, rejected_counts)
     return _power("power_dl", *sums, *counts, label, beta, eta, reduction)

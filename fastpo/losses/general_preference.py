@@ -48,7 +48,7 @@ def gpm_score(first: Tensor, second: Tensor, scales: Tensor | None = None) -> Te
         >>> gpm_score(torch.tensor([[1.2, 1.0]]), torch.tensor([[0.4, 1.0]]))
         tensor([0.8000])
     """
-    check_tensors("losses.gpm_score", first=first, second=second, scales=scales)
+    check_tensors("losses.gpm_score", {"scales": scales}, first=first, second=second)
     for name, tensor in {"first": first, "second": second}.items():
         if tensor.ndim != 2 or tensor.shape[1] % 2 or tensor.shape != first.shape:
             remedy = "Embed both responses alike, in an even number of dimensions."
@@ -102,10 +102,9 @@ def gpm(
     """
     check_tensors(
         "losses.gpm",
+        {"scales": scales, "margins": margins},
         chosen_embeddings=chosen_embeddings,
         rejected_embeddings=rejected_embeddings,
-        scales=scales,
-        margins=margins,
     )
     check_choice("gpm", "form", form, ("logistic", "regression"))
     check_choice("gpm", "reduction", reduction, REDUCTIONS)

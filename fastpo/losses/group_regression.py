@@ -188,7 +188,7 @@ def a2po_values(scores: Tensor, mask: Tensor | None = None, beta: float = 0.5) -
         >>> a2po_values(torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]))
         tensor([0.4772])
     """
-    check_tensors("losses.a2po_values", scores=scores, mask=mask)
+    check_tensors("losses.a2po_values", {"mask": mask}, scores=scores)
     check_positive("a2po_values", "beta", beta)
     scores_PG, mask_PG = prepare_groups("a2po_values", mask, scores=scores.detach())
     return _soft_values(scores_PG, mask_PG, beta)

@@ -81,11 +81,11 @@ def srpo(
     """
     check_tensors(
         "losses.srpo",
+        {"label": label},
         ref_chosen_given_rejected=ref_chosen_given_rejected,
         ref_rejected_given_chosen=ref_rejected_given_chosen,
         ref_chosen_given_chosen=ref_chosen_given_chosen,
         ref_rejected_given_rejected=ref_rejected_given_rejected,
-        label=label,
     )
     check_share("srpo", "alpha", alpha)
     chosen_B, rejected_B = log_ratios(

@@ -249,7 +249,7 @@ def adpo_adaptive_tau(
         ...                   torch.tensor([[1.0, 0.0]]), vocabulary=1000)
         tensor([1.0217])
     """
-    check_tensors("losses.adpo_adaptive_tau", policy=policy, scores=scores, mask=mask)
+    check_tensors("losses.adpo_adaptive_tau", {"mask": mask}, policy=policy, scores=scores)
     check_positive("adpo_adaptive_tau", "tau", tau)
     if vocabulary < 2:
         remedy = "Pass the size of the model's vocabulary."

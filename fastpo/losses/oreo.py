@@ -122,13 +122,13 @@ def oreo(
     """
     check_tensors(
         "losses.oreo",
+        {"kl": kl},
         policy=policy,
         ref=ref,
         values=values,
         rewards=rewards,
         action_mask=action_mask,
         state_mask=state_mask,
-        kl=kl,
     )
     check_positive("oreo", "beta", beta)
     check_not_negative("oreo", "kl_weight", kl_weight)

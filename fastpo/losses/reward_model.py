@@ -119,7 +119,7 @@ def rm_center(
         >>> round(rm_center(torch.tensor([1.2]), torch.tensor([0.4])).loss.item(), 4)
         0.3967
     """
-    check_tensors("losses.rm_center", chosen_scores=chosen_scores, margins=margins)
+    check_tensors("losses.rm_center", {"margins": margins}, chosen_scores=chosen_scores)
     check_not_negative("rm_center", "coefficient", coefficient)
     check_choice("rm_center", "reduction", reduction, REDUCTIONS)
     chosen_B, rejected_B, margins_B = prepare(
@@ -245,7 +245,7 @@ def rm_secrets2(
         >>> round(rm_secrets2(*sums).loss.item(), 4)
         0.7444
     """
-    check_tensors("losses.rm_secrets2", strengths=strengths, flipped=flipped)
+    check_tensors("losses.rm_secrets2", {"flipped": flipped}, strengths=strengths)
     check_choice("rm_secrets2", "form", form, FORMS)
     smooths = form in FORMS[:2]
     if smoothing is not None and not smooths:
@@ -307,9 +307,8 @@ def v0(
     """
     check_tensors(
         "losses.v0",
+        {"chosen_labels": chosen_labels, "rejected_labels": rejected_labels},
         chosen_scores=chosen_scores,
-        chosen_labels=chosen_labels,
-        rejected_labels=rejected_labels,
     )
     check_share("v0", "alpha", alpha)
     check_choice("v0", "reduction", reduction, REDUCTIONS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.checks import check_tensors
 from fastpo.inputs import Trained
 from fastpo.losses._common import (
     REDUCTIONS,
@@ -196,6 +197,7 @@ def re_po(
         >>> round(re_po(**sums, reliability=torch.tensor([0.9]), beta=0.5).loss.item(), 4)
         0.5588
     """
+    check_tensors("losses.re_po", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
     check_choice("re_po", "reduction", reduction, REDUCTIONS)
     pairs = {
         "policy_": (policy_chosen, policy_rejected),

@@ -38,9 +38,8 @@ def check(
     Raises:
         ValueError: they do not fit.
     """
-    check_operands(
-        op, values=values, reference=reference, weights=weights, mask=mask, cu_seqlens=offsets
-    )
+    optional = {"reference": reference, "weights": weights, "mask": mask, "cu_seqlens": offsets}
+    check_operands(op, optional, values=values)
     check_float(op, "values", values)
     if values.ndim != (2 if offsets is None else 1):
         expected = "rows [B, T]" if offsets is None else "packed [N], as cu_seqlens is given"

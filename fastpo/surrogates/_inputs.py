@@ -58,8 +58,8 @@ def check_tokens(
     **others: Tensor | None,
 ) -> Layout:
     """Layout of the token values ``name``; ``others`` have to lie on the same device."""
-    tensors = {name: values, "mask": mask, "cu_seqlens": cu_seqlens, **others}
-    check_operands(function, **tensors)
+    optional = {"mask": mask, "cu_seqlens": cu_seqlens, **others}
+    check_operands(function, optional, **{name: values})
     check_float(function, name, values)
     if values.ndim != (2 if cu_seqlens is None else 1):
         expected = "rows [B, T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
@@ -77,7 +77,7 @@ def check_tokens(
 
 def check_flags(function: str, name: str, flags: Tensor | None, layout: Layout) -> None:
     """A bool per token, if given."""
-    check_operands(function, **{name: flags})
+    check_operands(function, {name: flags})
     if flags is not None and (flags.dtype != torch.bool or tuple(flags.shape) != layout.shape):
         expected, got = f"torch.bool {list(layout.shape)}", f"{flags.dtype} {list(flags.shape)}"
         raise fail(function, name, expected, got, "Call .bool() on 0s and 1s; one per token.")

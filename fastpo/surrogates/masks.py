@@ -144,6 +144,7 @@ def token_covariances(
         tensor([[1.],
                 [1.]])
     """
+    check_tensors("surrogates.token_covariances", advantages=advantages)
     function = "surrogates.token_covariances"
     layout = check_tokens(function, "logprobs", logprobs, mask, cu_seqlens, advantages=advantages)
     advantages = on_tokens(operand(function, "advantages", advantages, layout), layout)
@@ -196,6 +197,7 @@ def clip_cov_mask(
         tensor([[ True,  True],
                 [False,  True]])
     """
+    check_tensors("surrogates.clip_cov_mask", old_logprobs=old_logprobs, advantages=advantages)
     function = "surrogates.clip_cov_mask"
     _check_share(function, "share", share)
     _check_order(function, "cov_low, cov_high", cov_low, cov_high)
@@ -249,6 +251,7 @@ def kl_cov_penalties(
         tensor([[0.0000, 0.0000],
                 [0.1000, 0.0000]])
     """
+    check_tensors("surrogates.kl_cov_penalties", advantages=advantages)
     function = "surrogates.kl_cov_penalties"
     _check_share(function, "share", share)
     if not 0 <= coef < math.inf:
@@ -298,7 +301,7 @@ def dagrpo_mask(
         tensor([[ True,  True],
                 [False, False]])
     """
-    check_tensors("surrogates.dagrpo_mask", mask=mask, cu_seqlens=cu_seqlens)
+    check_tensors("surrogates.dagrpo_mask", distinctiveness=distinctiveness, mask=mask)
     function = "surrogates.dagrpo_mask"
     tensors = {"distinctiveness": distinctiveness}
     values = torch.zeros(mask.shape, device=mask.device)

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
 from fastpo.ops._check import fail
 from fastpo.sequences import sequence_means, sequence_sums
 from fastpo.surrogates._inputs import Layout, active_tokens, check_tokens, per_token
@@ -129,6 +130,7 @@ def importance_weights(
         >>> importance_weights(old, sampler), importance_weights(old, sampler, sequence=False)
         (tensor([2.]), tensor([[1., 2.]]))
     """
+    check_tensors("surrogates.importance_weights", sampler_logprobs=sampler_logprobs)
     function = "surrogates.importance_weights"
     if not maximum > 0:
         raise fail(function, "maximum", "a number > 0", repr(maximum), "2 is common.")
@@ -210,6 +212,7 @@ def rollout_rejection_mask(
         >>> rollout_rejection_mask(old, sampler, rules={"token_k1": 2.0})
         tensor([[ True, False]])
     """
+    check_tensors("surrogates.rollout_rejection_mask", sampler_logprobs=sampler_logprobs)
     function = "surrogates.rollout_rejection_mask"
     bounds = {rule: _bounds(function, rule, value) for rule, value in rules.items()}
     arguments = (old_logprobs, sampler_logprobs, mask, cu_seqlens)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.checks import check_tensors
+from fastpo.operands import Surrogate, SurrogateInputs
 from fastpo.operands import Surrogate, SurrogateInputs, replaced
 from fastpo.ops._check import check_float, fail
 from fastpo.ops.segment_sums import segment_sums
@@ -215,6 +217,7 @@ def policy_loss(
         >>> [round(x, 4) for x in logps.grad.flatten().tolist()]
         [-0.2763, -0.2047, 0.6107, 0.0]
     """
+    check_tensors("surrogates.policy_loss", advantages=advantages)
     preset = preset_of(_POLICY, method)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
     tensors = {name: bound for name, bound in bounds.items() if isinstance(bound, Tensor)}
@@ -323,6 +326,7 @@ def value_loss(
         >>> value_loss(torch.tensor([[0.2, 0.9]]), torch.tensor([[1.0, 1.0]])).loss
         tensor(0.1625)
     """
+    check_tensors("surrogates.value_loss", returns=returns)
     layout = check_tokens(
         _VALUE, "values", values, mask, cu_seqlens, returns=returns, old_values=old_values
     )

@@ -75,6 +75,13 @@ def distillation_dpo(
         >>> student.grad
         tensor([[0.5000, 0.5000]])
     """
+    check_tensors(
+        "diffusion.losses.distillation_dpo",
+        teacher_chosen=teacher_chosen,
+        teacher_rejected=teacher_rejected,
+        better_chosen=better_chosen,
+        worse_rejected=worse_rejected,
+    )
     name = "diffusion.losses.distillation_dpo"
     check_choice(name, "reduction", reduction, REDUCTIONS)
     check_fields(name, chosen=chosen, rejected=rejected)

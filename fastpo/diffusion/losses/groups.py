@@ -65,7 +65,7 @@ def gdro(
         >>> round(out.loss.item(), 4)
         1.9092
     """
-    check_tensors("diffusion.losses.gdro", scores=scores, mask=mask)
+    check_tensors("diffusion.losses.gdro", {"mask": mask}, scores=scores)
     name = "diffusion.losses.gdro"
     check_scale(name, "beta", beta)
     check_not_negative(name, "tau", tau)

@@ -99,7 +99,7 @@ def preference_shares(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> preference_shares(torch.tensor([[[0.3, 21.0], [0.2, 20.0], [0.1, 20.5]]]))
         tensor([[1.0000, 0.2500, 0.2500]])
     """
-    check_tensors("diffusion.losses.preference_shares", scores=scores, mask=mask)
+    check_tensors("diffusion.losses.preference_shares", {"mask": mask}, scores=scores)
     name = "diffusion.losses.preference_shares"
     if scores.ndim != 3 or not scores.shape[2]:
         remedy = "Stack the reward models in a last dimension; one alone is [B, G, 1]."
@@ -160,7 +160,7 @@ def rank_dpo(
         >>> round(out.loss.item(), 4)
         0.5388
     """
-    check_tensors("diffusion.losses.rank_dpo", shares=shares, mask=mask)
+    check_tensors("diffusion.losses.rank_dpo", {"mask": mask}, shares=shares)
     name = "diffusion.losses.rank_dpo"
     check_scale(name, "beta", beta)
     check_choice(name, "rank_from", rank_from, ("labels", "errors"))

@@ -66,7 +66,7 @@ def dense_dpo(
         >>> round(dense_dpo(first, second, zero, zero, labels, beta=2.0).loss.item(), 4)
         0.762
     """
-    check_tensors("diffusion.losses.dense_dpo", labels=labels, weights=weights)
+    check_tensors("diffusion.losses.dense_dpo", {"weights": weights}, labels=labels)
     name = "diffusion.losses.dense_dpo"
     check_scale(name, "beta", beta)
     check_choice(name, "norm", norm, ("all", "valid", "none"))
