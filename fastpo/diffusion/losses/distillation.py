@@ -77,6 +77,8 @@ def distillation_dpo(
     """
     check_tensors(
         "diffusion.losses.distillation_dpo",
+        chosen=chosen,
+        rejected=rejected,
         teacher_chosen=teacher_chosen,
         teacher_rejected=teacher_rejected,
         better_chosen=better_chosen,
