@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastpo.checks import check_tensors
-from fastpo.operands import Surrogate, SurrogateInputs
 from fastpo.operands import Surrogate, SurrogateInputs, replaced
 from fastpo.ops._check import check_float, fail
 from fastpo.ops.segment_sums import segment_sums
