@@ -374,6 +374,9 @@ def test_two_ranks_give_the_weights_of_one(start, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (UNet2DModel.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
     for (name, want), got in zip(one.named_parameters(), two.parameters(), strict=True):
+        # Attention does not see a bias of its keys: Adam makes steps of the rounding alone there.
+        if name.endswith("to_k.bias"):
+            continue
         torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-5, msg=name)
     lines = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     for line in zip(*lines, strict=True):
