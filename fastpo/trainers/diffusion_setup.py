@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from fastpo.losses import LossOutput
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.lora import lora_config
-from fastpo.trainers.options import typed, value_hints
+from fastpo.trainers.options import near, typed, value_hints
 
 POLICY = ("chosen_errors", "rejected_errors")
 REFERENCE = ("ref_chosen_errors", "ref_rejected_errors")
@@ -91,7 +91,8 @@ class PairLoss:
 
 
 def loss_of(config: DiffusionDPOConfig) -> PairLoss:
-    """The loss of a run."""
+    """The loss of a run, whose schedule is looked at as well: both before any work."""
+    require_schedule(config.schedule)
     options = config.loss_options | ({} if config.beta is None else {"beta": config.beta})
     return PairLoss(config.loss, **options)
 
@@ -159,6 +160,17 @@ def make_accelerator(config: DiffusionDPOConfig) -> Accelerator:
     return accelerator
 
 
+def require_schedule(name: str) -> None:
+    """Whether there is such a schedule of the learning rate.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = [each.value for each in SchedulerType]
+    if name not in known:
+        raise ConfigError(f"schedule: no such schedule as {name!r}; {near(name, known)}")
+
+
 def make_optimizer(
     trainable: list[torch.nn.Parameter], config: DiffusionDPOConfig, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -166,10 +178,7 @@ def make_optimizer(
     rate, warmup = config.learning_rate, config.warmup_steps
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=config.weight_decay)
     warmup = math.ceil(warmup * steps if warmup < 1 else warmup)
-    try:
-        schedule = get_scheduler(
-            config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
-        )
-    except ValueError as error:
-        raise ConfigError(f"schedule: {error}.") from error
+    schedule = get_scheduler(
+        config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    )
     return optimizer, schedule

@@ -246,6 +246,7 @@ def test_second_adapter_follows(start):
     ("options", "message"),
     [
         ({"loss": "dppo"}, "loss: expected one of .*dpo.*got 'dppo'"),
+        ({"schedule": "cosin"}, "schedule: no such schedule as 'cosin'; did you mean cosine"),
         ({"loss_options": {"bet": 1}}, "bet: the loss dpo has no such option; did you mean beta"),
         ({"loss": "dense_dpo"}, "loss: expected one of .*smpo, got 'dense_dpo'"),
         ({"reference": "none"}, "dpo needs ref_chosen_errors. Set reference"),
