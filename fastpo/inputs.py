@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -112,7 +113,8 @@ def plain(function: Callable, options: Mapping[str, Any]) -> str:
     return ""
 
 
-def inputs_of(function: Callable) -> dict[str, Input]:
+@cache
+def inputs_of(function: Callable) -> Mapping[str, Input]:
     """The arguments of a method that are tensors, by name; its other arguments are options.
 
     Example:
@@ -121,7 +123,7 @@ def inputs_of(function: Callable) -> dict[str, Input]:
         ['policy_chosen', 'policy_rejected', 'slow_chosen', 'slow_rejected']
     """
     if inspect.isclass(function):
-        return {}
+        return MappingProxyType({})
     hints, found = _hints(function), {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, "")
@@ -136,4 +138,4 @@ def inputs_of(function: Callable) -> dict[str, Input]:
             over=next((mark.text for mark in marks if isinstance(mark, Over)), ""),
             when=next((mark.options for mark in marks if isinstance(mark, When)), {}),
         )
-    return found
+    return MappingProxyType(found)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def loss_function(loss: Loss) -> Callable[..., LossOutput]:
     return getattr(losses, loss)
 
 
+@cache
 def pair_losses() -> tuple[str, ...]:
     """Names of the losses over pairs in ``fastpo.losses``, those that need a subclass included."""
     return tuple(
@@ -78,7 +80,7 @@ def columns_of(loss: Loss) -> set[str]:
     return columns | ({"extra_ids"} if "extra" in inputs else set())
 
 
-def _constants(inputs: dict[str, Input]) -> set[str]:
+def _constants(inputs: Mapping[str, Input]) -> set[str]:
     """Inputs that are constants of a row; counts of tokens belong to the sums over them."""
     constants = {name for name, x in inputs.items() if not x.is_trained} - COMPUTED
     return {name for name in constants if not name.endswith("_counts")}
@@ -106,7 +108,7 @@ def columns_given(loss: Loss, batch: dict[str, Tensor]) -> dict[str, Any]:
     return given
 
 
-def _refusal(inputs: dict[str, Input], available: set[str]) -> str:
+def _refusal(inputs: Mapping[str, Input], available: set[str]) -> str:
     """What a loss needs and does not have, and how to give it; empty if nothing is missing."""
     for name, x in inputs.items():
         if x.over:
