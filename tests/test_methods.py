@@ -46,8 +46,9 @@ def test_row_is_complete(row):
 
 
 @pytest.mark.parametrize("row", BUILT, ids=lambda row: row.key)
-def test_what_is_printed_runs_as_it_stands(row, monkeypatch, capsys):
+def test_what_is_printed_runs_as_it_stands(row, monkeypatch, capsys, tmp_path):
     """Beforehand there is what the text tells the reader to supply, and nothing else."""
+    monkeypatch.chdir(tmp_path)  # Recipes write into the folder "run".
     main(["methods", row.key])
     printed = capsys.readouterr().out
     named = re.findall(r"^#   (\w+): ", printed.partition("# You supply:\n")[2], re.MULTILINE)

@@ -33,6 +33,11 @@ def _weights(
         got = list(weights_K.shape)
         remedy = "One weight per component, in the last dimension."
         raise shared.fail(function, "reward_weights", f"[K], K = {components}", got, remedy)
+    # Of a list or on the CPU, where looking at them does not wait for a device.
+    known = reward_weights if isinstance(reward_weights, Tensor) else torch.tensor(reward_weights)
+    if known.device.type == "cpu" and not known.isfinite().all():
+        remedy = "0 leaves a component out."
+        raise shared.fail(function, "reward_weights", "finite numbers", f"{known.tolist()}", remedy)
     return weights_K
 
 

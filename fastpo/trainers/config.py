@@ -199,8 +199,13 @@ class InitConfig:
             raise ConfigError(f"heads: each takes an even share of hidden_size, got {got}.")
 
 
-def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
-    """Write the options of a run, or compare those of a continuation with them.
+def keep_for_resume(config: RunConfig, output: Path, checkpoint: Path | None) -> None:
+    """Compare the options of a run with those of the run whose checkpoint it continues; write them.
+
+    Args:
+        config: of the run.
+        output: folder of the run, into which they are written.
+        checkpoint: to continue from, in the folder of its own run; None to begin anew.
 
     Raises:
         ConfigError: an option that changes the training differs.
@@ -208,7 +213,7 @@ def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
     import yaml
 
     options = asdict(config)
-    if resuming and path.exists():
+    if checkpoint is not None and (path := checkpoint.parent / "run.yaml").exists():
         before = read_yaml(path)
         changed = [
             f"{name} {before.get(name)!r} -> {value!r}"
@@ -220,4 +225,5 @@ def keep_for_resume(config: RunConfig, path: Path, resuming: bool) -> None:
             raise ConfigError(
                 f"{path}: the run to resume had other options ({listed}). Restore them."
             )
-    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    written = yaml.safe_dump(options, sort_keys=False)
+    (output / "run.yaml").write_text(written, encoding="utf-8")

@@ -102,7 +102,7 @@ class DiffusionDPOTrainer:
             self.inputs["eval_data"] = digest(self.eval_pairs.values())
         check_inputs(self.checkpoint, self.inputs)
         if self.accelerator.is_main_process:
-            keep_for_resume(config, self.output / "run.yaml", self.checkpoint is not None)
+            keep_for_resume(config, self.output, self.checkpoint)
         set_seed(config.seed)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()

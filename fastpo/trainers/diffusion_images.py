@@ -47,11 +47,6 @@ class Frame(NamedTuple):
         """What SDXL is told: original size, corner of the crop, size (arXiv:2307.01952, 2.2)."""
         return [float(n) for n in (*self.original, *self.corner, *self.size)]
 
-    @property
-    def cut(self) -> float:
-        """Share of the image that the crop leaves out."""
-        return 1 - math.prod(self.size) / math.prod(self.resized)
-
 
 def frame_of(
     original: tuple[int, int], buckets: Sequence[tuple[int, int]], draw: random.Random | None = None
@@ -134,8 +129,8 @@ class ImageReader:
     def read(self, path: str, frame: Frame) -> Image.Image:
         """The image, upright, in the frame's size.
 
-        An image of another size than the frame's is first brought to that size, so that both of a
-        pair have one geometry; what does not fit of another shape is cut at its sides.
+        One of the shape that the frame was made for is resized and cropped as that says, so that
+        both of a pair have one geometry. One of another shape is cut from its own, at its centre.
 
         Raises:
             DataError: the image cannot be read.
@@ -147,21 +142,24 @@ class ImageReader:
                 found = self._colours(ImageOps.exif_transpose(image), is_png)
         except _UNREADABLE as error:
             raise DataError(f"{path}: no image that can be read ({error}).") from error
-        height, width = frame.resized
-        scale = max(height / found.height, width / found.width)
-        shown = height * width / (found.height * found.width * scale**2)
-        cut = 1 - (1 - frame.cut) * min(shown, 1.0)
+        resized, corner = frame.resized, frame.corner
+        # Half a pixel of the other side is rounding.
+        if abs(found.width * resized[0] - found.height * resized[1]) > max(found.size):
+            resized, corner = frame.size, (0, 0)
+        scale = max(resized[0] / found.height, resized[1] / found.width)
+        shown = frame.size[0] * frame.size[1] / (found.height * found.width * scale**2)
+        cut = 1 - min(shown, 1.0)
         # Less than a pixel of it is rounding.
         is_cut = cut * max(frame.size) > 1
         self.counts["images"] += 1
         self.counts["turned upright"] += turned
-        self.counts["resized"] += (found.height, found.width) != frame.resized
+        self.counts["resized"] += (found.height, found.width) != resized
         self.counts["enlarged"] += scale > 1
         self.counts["cropped"] += is_cut
         self.most_cut = max(self.most_cut, cut if is_cut else 0.0)
-        top, left = frame.corner
+        top, left = corner
         box = left, top, left + frame.size[1], top + frame.size[0]
-        return ImageOps.fit(found, (width, height), Image.Resampling.LANCZOS).crop(box)
+        return ImageOps.fit(found, resized[::-1], Image.Resampling.LANCZOS).crop(box)
 
     def _colours(self, image: Image.Image, is_png: bool) -> Image.Image:
         """8 bits per channel, of 16 without a cut of the bright ones; transparency on white."""

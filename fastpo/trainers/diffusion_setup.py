@@ -20,7 +20,7 @@ from fastpo.losses import LossOutput
 from fastpo.trainers.config import ConfigError
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.lora import lora_config
-from fastpo.trainers.options import near, typed, value_hints
+from fastpo.trainers.options import given_once, near, typed, value_hints
 
 POLICY = ("chosen_errors", "rejected_errors")
 REFERENCE = ("ref_chosen_errors", "ref_rejected_errors")
@@ -93,7 +93,7 @@ class PairLoss:
 def loss_of(config: DiffusionDPOConfig) -> PairLoss:
     """The loss of a run, whose schedule is looked at as well: both before any work."""
     require_schedule(config.schedule)
-    options = config.loss_options | ({} if config.beta is None else {"beta": config.beta})
+    options = given_once({"beta": config.beta}, config.loss_options, "loss_options")
     return PairLoss(config.loss, **options)
 
 

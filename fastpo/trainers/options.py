@@ -329,3 +329,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(found or {}, dict):
         raise ConfigError(f"{path}: expected key: value lines, got {type(found).__name__}.")
     return found or {}
+
+
+def given_once(own: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Options that have flags of their own (None: not given) with those of a mapping.
+
+    Args:
+        own: by the names of their flags.
+        more: of the mapping.
+        name: of the mapping.
+
+    Raises:
+        ConfigError: one is given in both.
+
+    Example:
+        >>> given_once({"beta": None, "gamma": 0.5}, {"beta": 0.1}, "loss_options")
+        {'beta': 0.1, 'gamma': 0.5}
+    """
+    for option in own.keys() & more.keys():
+        if own[option] is not None:
+            got = f"{own[option]!r} and in {name} {more[option]!r}"
+            raise ConfigError(f"{option}: expected one value, got {got}. Leave one out.")
+    return {**own, **more}

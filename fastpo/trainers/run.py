@@ -58,13 +58,13 @@ from fastpo.trainers.grpo_rollouts import (
 )
 from fastpo.trainers.head import add_logprob_head
 from fastpo.trainers.lora import lora_config
-from fastpo.trainers.options import items, loading, near, typed, value_hints
+from fastpo.trainers.options import given_once, items, loading, near, typed, value_hints
 from fastpo.trainers.rows import load_data, pair_columns, say_unused, source_of
 from fastpo.trainers.sft import SFTTrainer
 from fastpo.trainers.stops import SaveAndStop, Signals, Stopped
 
-# Set by this module from options of its own.
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Set by this module from options of its own.
 _OWN = ("output_dir", "learning_rate", "seed", "max_steps", "remove_unused_columns")
 
 
@@ -204,12 +204,8 @@ def leave_ranks() -> None:
 
 def train_dpo(config: DPOConfig) -> dict[str, Any]:
     """Run ``fastpo train dpo``; returns what it writes to ``results.json``."""
-    options = {
-        "beta": config.beta,
-        "gamma": config.gamma,
-        "label_smoothing": config.label_smoothing,
-        **config.loss_options,
-    }
+    own = {name: getattr(config, name) for name in ("beta", "gamma", "label_smoothing")}
+    options = given_once(own, config.loss_options, "loss_options")
     loss_options = loss_arguments(config.loss, **options)
     fields, numbers, known = pair_columns(config)
 
@@ -322,10 +318,12 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
     """Run ``fastpo train grpo``; returns what it writes to ``results.json``."""
     is_given = not config.reward
     max_length = config.max_length if is_given else config.max_new_tokens
-    own = {"beta": config.beta, "entropy_coef": config.entropy_coef, "max_length": max_length}
+    own = {"beta": config.beta, "entropy_coef": config.entropy_coef}
+    defaults = {"max_length": max_length}
     if config.sampler == "vllm":
-        own |= {"correction": "truncate", "sampler_max": 2.0}
-    loss_options = {name: value for name, value in own.items() if value is not None}
+        defaults |= {"correction": "truncate", "sampler_max": 2.0}
+    given = given_once(own, config.loss_options, "loss_options")
+    loss_options = defaults | {name: value for name, value in given.items() if value is not None}
 
     def build(model, tokenizer, args, train, held):
         return GRPOTrainer(
@@ -335,7 +333,7 @@ def train_grpo(config: GRPOConfig) -> dict[str, Any]:
             eval_rollout=held,
             pad_id=tokenizer.pad_token_id,
             loss=config.loss,
-            loss_options=loss_options | config.loss_options,
+            loss_options=loss_options,
             advantage=config.advantage,
             advantage_options=config.advantage_options,
             reference=None if config.reference == "auto" else config.reference,
@@ -368,7 +366,7 @@ def _run_alone(config: RunConfig, load, build) -> dict[str, Any]:
     }
     check_inputs(checkpoint, inputs)
     if args.process_index == 0:
-        keep_for_resume(config, output / "run.yaml", checkpoint is not None)
+        keep_for_resume(config, output, checkpoint)
     set_seed(config.seed)
     train, held = load(tokenizer)
     for name, part in (("data", train), ("eval_data", held)):

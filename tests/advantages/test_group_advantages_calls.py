@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -253,3 +254,12 @@ def test_nothing_waits_for_the_gpu():
                 function(own, ids, reward_weights=[2.0], **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "gdpo", "mo_grpo", "weighted_sum_grpo"])
+def test_weights_of_components_are_finite(method, weight):
+    """NaN times a reward would be a component that was not scored."""
+    rewards = torch.tensor([[[1.0, 3.0], [0.0, 0.0], [1.0, 0.0]]])
+    with pytest.raises(ValueError, match="reward_weights: expected finite numbers"):
+        fastpo.group_advantages(rewards, method=method, reward_weights=[1.0, weight])

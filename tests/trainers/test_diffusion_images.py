@@ -186,21 +186,24 @@ def test_images_of_mixed_sizes_train(tmp_path, buckets, capsys):
     assert all(math.isfinite(json.loads(line)["loss"]) for line in lines)
 
 
-def test_both_of_a_pair_have_the_geometry_of_the_chosen(tmp_path):
-    """A rejected image of another size is brought to it, one of another shape cut, as a circle."""
+def test_both_of_a_pair_are_resized_and_cropped_by_their_own_shape(tmp_path):
+    """A rejected image of another size is brought to it, one of another shape cut from its own."""
     circle(64, 32, (32, 16), 10).save(tmp_path / "a.png")
     circle(128, 64, (64, 32), 20).save(tmp_path / "b.png")
     circle(64, 64, (32, 32), 10).save(tmp_path / "c.png")
     encoder = Encoder(DDPMPipeline(tiny_unet(in_channels=3, out_channels=3), ddpm()), 32)
-    for other in ("b.png", "c.png"):
+    for other, wide in (
+        ("b.png", 21),
+        ("c.png", 11),
+    ):  # the latter of half the zoom: all of it fits
         rows = [{"chosen": str(tmp_path / "a.png"), "rejected": str(tmp_path / other)}]
         tensors = encoder(rows).tensors
-        for side in ("chosen", "rejected"):
+        for side, expected in (("chosen", 21), ("rejected", wide)):
             pixels = tensors[side][0].mean(0).add(1).mul(127.5).byte().numpy()
             width, height = extent(Image.fromarray(pixels))
             assert abs(width - height) <= 1
-            assert width == pytest.approx(21, abs=1)
-    assert encoder.images.report() == ("images: 4; 2 resized, 4 cropped (by 75 % at most)")
+            assert width == pytest.approx(expected, abs=1)
+    assert encoder.images.report() == ("images: 4; 2 resized, 3 cropped (by 50 % at most)")
 
 
 def test_batches_are_of_one_shape():

@@ -18,7 +18,7 @@ def test_sums_are_right_and_some_of_the_answers_to_fit_are_not():
 
 
 def test_reward_is_exact_match():
-    assert arithmetic.right(["1+1=", "1+1="], ["2", "2 "], answer=["2", "2"]) == [1.0, 0.0]
+    assert arithmetic.right(completions=["2", "2 "], answer=["2", "2"]) == [1.0, 0.0]
 
 
 def test_program_runs_and_leaves_the_threads_alone(tmp_path, capsys):

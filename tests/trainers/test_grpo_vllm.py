@@ -25,7 +25,9 @@ class Engine:
 
         Engine.made = self
         self.options, self.loads, self.resets, self.params = options, [], 0, []
-        config = SimpleNamespace(model=model, dtype="float32", lora_r=0)
+        config = SimpleNamespace(
+            model=model, dtype="float32", lora_r=0, max_length=options["max_model_len"]
+        )
         self.own, self.tokenizer = run.load_model(config), run.load_tokenizer(model)
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))

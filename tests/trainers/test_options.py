@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from fastpo.cli import COMMANDS, main
+from fastpo.trainers import config as configs
+from fastpo.trainers import run
+from fastpo.trainers.diffusion_config import DiffusionDPOConfig
+from fastpo.trainers.diffusion_setup import loss_of
 from fastpo.trainers.lora import lora_targets
 from fastpo.trainers.options import (
     ConfigError,
@@ -187,3 +191,33 @@ def test_lora_is_on_every_target(layers, targets, adapted):
 def test_lora_target_that_matches_nothing_is_named(layers, targets, message):
     with pytest.raises(ConfigError, match=message):
         lora_targets(layers, targets)
+
+
+@pytest.mark.parametrize(
+    ("train", "name", "config"),
+    [
+        (run.train_dpo, "beta", configs.DPOConfig(model="m", data="d", output="o")),
+        (run.train_grpo, "beta", configs.GRPOConfig(model="m", data="d", output="o")),
+        (run.train_grpo, "entropy_coef", configs.GRPOConfig(model="m", data="d", output="o")),
+        (loss_of, "beta", DiffusionDPOConfig(model="m", data="d", output="o")),
+    ],
+)
+def test_an_option_of_the_loss_is_given_once(train, name, config):
+    setattr(config, name, 0.5)
+    config.loss_options = {name: 0.3}
+    with pytest.raises(ConfigError, match=rf"^{name}: expected one value, got 0.5 and in loss_op"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_folder_brings_its_options(tmp_path):
+    """They are those of the run that wrote it, wherever it is continued."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    config = configs.DPOConfig(model="m", data="d", output=str(first))
+    configs.keep_for_resume(config, first, None)
+    config.output = str(second)
+    configs.keep_for_resume(config, second, first / "checkpoint-3")
+    config.learning_rate, config.beta = 1e-3, 5.0
+    with pytest.raises(ConfigError, match=r"learning_rate 1e-06 -> 0.001; beta None -> 5.0"):
+        configs.keep_for_resume(config, second, first / "checkpoint-3")
