@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import filecmp
 import inspect
 import random
 from collections import Counter
@@ -218,16 +219,18 @@ def read_pairs(
 
     ``prompt``, ``class_label`` and ``time_ids`` may be there once for both images, or for each, as
     ``chosen_prompt`` and ``rejected_prompt``; numbers that the loss takes by their names. Paths are
-    relative to the folder of the file.
+    relative to the folder of the file. Pairs that are the same on both sides are left out.
 
     Args:
         path: of the file.
         limit: the first so many rows only.
         loss_inputs: names of the loss's own inputs of each pair.
-        say: what takes a line on columns that are not used, and what they may be meant as.
+        say: what takes a line on columns that are not used, and what they may be meant as, and on
+            pairs that are left out.
 
     Raises:
-        DataError: the file has no rows, or one lacks an image or has a field of the wrong kind.
+        DataError: the file has no rows, all are left out, or one lacks an image or has a field of
+            the wrong kind.
     """
     kinds = {
         side: ("str, the file of an image", lambda value: isinstance(value, str)) for side in SIDES
@@ -263,7 +266,19 @@ def read_pairs(
     if unused:
         named = (f"{n} (did you mean {h!r}?)" if h else n for n, h in sorted(unused.items()))
         say(f"{path}: not used: {', '.join(named)}")
-    return rows
+    different = [row for row in rows if not _is_same(row)]
+    if len(different) < len(rows):
+        say(f"{path}: {len(rows) - len(different)} left out as chosen equals rejected")
+    if not different:
+        raise DataError(f"{path}: no pair is left, chosen equals rejected in all.")
+    return different
+
+
+def _is_same(row: Mapping[str, Any]) -> bool:
+    """Whether both sides of a pair have the same image file and the same conditions."""
+    sides = ((row.get(f"chosen_{n}"), row.get(f"rejected_{n}")) for n in CONDITIONS)
+    same = all(chosen == rejected for chosen, rejected in sides)
+    return same and filecmp.cmp(row["chosen"], row["rejected"], shallow=False)
 
 
 def _hint(name: str, known: Collection[str]) -> str:

@@ -267,3 +267,20 @@ def test_rows_may_have_a_prompt_label_or_sizes_for_each_image(tmp_path):
         path = write_jsonl(tmp_path / "rows.jsonl", [images | wrong])
         with pytest.raises(DataError, match=message):
             read_pairs(path, loss_inputs=["weights"], say=said.append)
+
+
+def test_pairs_that_are_the_same_are_left_out(tmp_path):
+    """By what the files hold; the same image under prompts of its own is a pair (DCPO)."""
+    circle(32, 32, (16, 16)).save(tmp_path / "a.png")
+    circle(32, 32, (16, 16)).save(tmp_path / "copy.png")
+    circle(32, 32, (16, 16), 4).save(tmp_path / "b.png")
+    rows = [
+        {"chosen": "a.png", "rejected": other, "chosen_prompt": "a", "rejected_prompt": prompt}
+        for other, prompt in (("a.png", "a"), ("copy.png", "a"), ("copy.png", "b"), ("b.png", "a"))
+    ]
+    said = []
+    read = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows), say=said.append)
+    assert [row["rejected_prompt"] for row in read] == ["b", "a"]
+    assert said == [f"{tmp_path / 'pairs.jsonl'}: 2 left out as chosen equals rejected"]
+    with pytest.raises(DataError, match="no pair is left"):
+        read_pairs(write_jsonl(tmp_path / "same.jsonl", rows[:2]), say=said.append)

@@ -304,7 +304,8 @@ def test_rows_that_do_not_fit_are_named(start, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read_pairs(write_jsonl(tmp_path / "rows.jsonl", [row]))
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"chosen": "a.png", "rejected": "a.png"}])
+    (tmp_path / "b.png").write_bytes(b"nor this")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"chosen": "a.png", "rejected": "b.png"}])
     with pytest.raises(ConfigError, match="guidance: the model is not distilled"):
         Encoder(DDPMPipeline(tiny_unet(), ddpm()), guidance=3.5)
     with pytest.raises(DataError, match=r"a\.png: no image that can be read"):
