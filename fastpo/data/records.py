@@ -77,12 +77,21 @@ def _json_rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _object_of(where, pairs))
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         place = f"{where}{line}, column {error.colno}"
         got = error.doc[error.doc.rfind("\n", 0, error.pos) + 1 :].strip()[:80]
         raise DataError(f"{place}: not JSON ({error.msg}): {got!r}") from error
+
+
+def _object_of(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in found if names.count(name) > 1)
+        raise DataError(f"{where}: {name!r} is given twice. Take one of them out.")
+    return found
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:

@@ -124,9 +124,16 @@ class StatisticTrainer(Trainer):
         """As ``Trainer.train``.
 
         Raises:
+            ConfigError: not one step could be taken, as no batch is full and such are dropped.
             RuntimeError: it was evaluated before, on several ranks: accelerate would then train
                 it without DistributedDataParallel, each rank by itself.
         """
+        rows, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and hasattr(rows, "__len__") and len(rows) < batch:
+            problem = f"it drops all batches, as one takes {batch} rows and there are {len(rows)}"
+            raise ConfigError(
+                f"dataloader_drop_last: {problem}. Leave it out, or lower batch_size."
+            )
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         is_prepared = getattr(self.model, "_is_accelerate_prepared", False)
         if self.args.world_size > 1 and is_prepared and not is_sharded:

@@ -6,7 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastpo.trainers.options import ConfigError, Names, build, check, mapping, option, read_yaml
+from fastpo.trainers.options import (
+    ConfigError,
+    Names,
+    build,
+    check,
+    mapping,
+    option,
+    read_yaml,
+    refuse_given,
+)
 
 __all__ = [
     "ConfigError", "DPOConfig", "GRPOConfig", "InitConfig", "RunConfig", "SFTConfig", "build",
@@ -23,6 +32,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 COUNT, NOT_NEGATIVE, SHARE = "[1, inf)", "[0, inf)", "[0, 1)"
 SEED = "[0, 4294967296)"
 ANY_NUMBER = "(-inf, inf)"
+# What only these read: a LoRA, and sampled completions and their scores.
+LORA = ("lora_alpha", "lora_dropout", "lora_targets")
+SAMPLING = (
+    "eval_data", "eval_share", "reward_weights", "reward_seconds", "samples", "max_new_tokens",
+    "top_p", "sampler", "sample_batch_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -93,6 +108,16 @@ class RunConfig:
                 raise ConfigError(f"{name}: missing; give --{name} or the key in the YAML file.")
         if self.resume and self.resume_from:
             raise ConfigError("resume, resume_from: give one of them.")
+        if not self.lora_r:
+            refuse_given(self, LORA, "a LoRA needs lora_r above 0. Set it")
+        if self.schedule == "constant" and self.warmup_steps:
+            problem = "the schedule constant has no warm-up. Take constant_with_warmup"
+            refuse_given(self, ("warmup_steps",), problem)
+        if not self.eval_data:
+            refuse_given(self, ("eval_split",), "it is of eval_data. Give that")
+            if not self.eval_share:
+                problem = "no rows are held out. Give eval_data or eval_share"
+                refuse_given(self, ("eval_steps",), problem)
 
 
 @dataclass
@@ -174,6 +199,14 @@ class GRPOConfig(RunConfig):
     mask_truncated: bool = option(False, "Leave truncated completions out of the loss.")
     filter_groups: bool = option(False, "Leave out groups of equal rewards.")
 
+    def __post_init__(self):
+        if not self.reward:
+            check(self)  # A value out of its range is named as that.
+            problem = "given completions are not scored, and none are sampled. Give --reward"
+            refuse_given(self, SAMPLING, problem)
+        refuse_given(self, ("num_proc",), "one process tokenises here. Set it for other commands")
+        super().__post_init__()
+
 
 @dataclass
 class InitConfig:
@@ -197,6 +230,17 @@ class InitConfig:
         if self.hidden_size % (2 * self.heads):
             got = f"{self.hidden_size} for {self.heads} heads"
             raise ConfigError(f"heads: each takes an even share of hidden_size, got {got}.")
+
+
+def remarks(config: Any) -> list[str]:
+    """A line on each option of a run that does not do what it seems to ask for."""
+    lines, default = [], type(config).eval_share
+    if config.eval_data and config.eval_share not in (0, default):
+        lines.append(f"eval_share: {config.eval_share:g} is not used, as there is eval_data")
+    if 0 < config.max_steps <= config.warmup_steps and config.schedule != "constant":
+        counts = f"{config.warmup_steps:g} steps of warm-up in {config.max_steps}"
+        lines.append(f"warmup_steps: {counts}, the learning rate never reaches its peak")
+    return lines
 
 
 def keep_for_resume(config: RunConfig, output: Path, checkpoint: Path | None) -> None:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpo.trainers.config import ANY_NUMBER, COUNT, NOT_NEGATIVE, SEED, SHARE, Resume, RunConfig
-from fastpo.trainers.options import ConfigError, Names, check, mapping, option
+from fastpo.trainers.config import (
+    ANY_NUMBER,
+    COUNT,
+    LORA,
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    Resume,
+    RunConfig,
+)
+from fastpo.trainers.options import ConfigError, Names, check, mapping, option, refuse_given
 
 REFERENCES = ("auto", "adapter", "copy", "second_adapter", "ema", "cached", "none")
 DENSITIES = ("uniform", "logit_normal")
@@ -122,14 +131,13 @@ class DiffusionDPOConfig:
         if self.schedule == "constant" and self.warmup_steps:
             remedy = "Take constant_with_warmup, or warmup_steps 0."
             raise ConfigError(f"schedule: constant has no warm-up. {remedy}")
-        uniform, cached = self.timestep_density == "uniform", self.reference == "cached"
-        for name, is_used, remedy in (
-            ("logit_mean", not uniform, "timestep_density logit_normal"),
-            ("logit_std", not uniform, "timestep_density logit_normal"),
-            ("reference_draws", cached, "reference cached"),
-        ):
-            if not is_used and getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ConfigError(f"{name}: it is of {remedy}. Set that, or leave it out.")
+        if self.timestep_density == "uniform":
+            problem = "it is of timestep_density logit_normal. Set that"
+            refuse_given(self, ("logit_mean", "logit_std"), problem)
+        if self.reference != "cached":
+            refuse_given(self, ("reference_draws",), "it is of reference cached. Set that")
+        if not self.lora_r:
+            refuse_given(self, LORA, "a LoRA needs lora_r above 0. Set it")
         self._check_reference()
 
     def _check_reference(self) -> None:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from fastpo.data.records import split_by_prompt
 from fastpo.integrations.diffusers import Schedule
 from fastpo.trainers.checkpoints import locked, resume_point
-from fastpo.trainers.config import ConfigError
+from fastpo.trainers.config import ConfigError, remarks
 from fastpo.trainers.diffusion import DiffusionDPOTrainer
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_data import Encoder, denoiser_of, read_pairs
@@ -80,6 +80,11 @@ def train_diffusion_dpo(config: DiffusionDPOConfig) -> dict[str, Any]:
 
 
 def _train(config: DiffusionDPOConfig) -> dict[str, Any]:
+    if config.eval_steps and not (config.eval_data or config.eval_share):
+        remedy = "Give eval_data or eval_share, or leave it out."
+        raise ConfigError(f"eval_steps: no rows are held out. {remedy}")
+    for line in remarks(config):
+        _say(line)
     pipeline = _load_pipeline(config)
     name, denoiser = denoiser_of(pipeline)
     # What does not fit shows before all images are encoded; the trainer looks again, and closer.

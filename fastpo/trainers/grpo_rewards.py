@@ -69,7 +69,8 @@ class Rewards:
             limit: functions run in the calling thread then, as those need that set signals.
 
     Raises:
-        ConfigError: there is no function, not a weight per function, or the limit is out of range.
+        ConfigError: there is no function, not a finite weight per function, no weight but 0, or
+            the limit is out of range.
 
     Example:
         >>> short = lambda completions, **columns: [-len(c) for c in completions]
@@ -94,6 +95,9 @@ class Rewards:
         if len(self.weights) != len(self.functions):
             counts = f"{len(self.functions)} functions and {len(self.weights)} weights"
             raise ConfigError(f"reward_weights: expected one per function, got {counts}.")
+        if not any(self.weights) or not all(map(math.isfinite, self.weights)):
+            problem = f"expected finite numbers that are not all 0, got {self.weights}"
+            raise ConfigError(f"reward_weights: {problem}.")
         if not 0 <= seconds < math.inf:
             raise ConfigError(f"reward_seconds: expected 0 or more, got {seconds}. 0 is no limit.")
 

@@ -144,6 +144,22 @@ def check(config: Any) -> None:
             raise ConfigError(f"{name}: expected one of {expected}, got {value!r}.")
 
 
+def refuse_given(config: Any, names: Iterable[str], problem: str) -> None:
+    """Options that nothing would read have their defaults.
+
+    Args:
+        config: a dataclass of options.
+        names: of those that nothing reads, as the others are.
+        problem: why not, and what to do.
+
+    Raises:
+        ConfigError: one has another value.
+    """
+    for name in names:
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
+            raise ConfigError(f"{name}: {problem}, or leave it out.")
+
+
 def flag(name: str) -> str:
     """The flag of an option."""
     return f"--{name.replace('_', '-')}"
@@ -197,11 +213,32 @@ def _refusal(error: Exception, hints: Mapping[str, Any], show: Callable[[str], s
     return ConfigError(" ".join(text.split()))
 
 
+def _yaml(text: str, where: str) -> Any:
+    """What a text in YAML says; of two values for one key none would be the right one."""
+    import yaml
+
+    found, seen, left = get_loader("yaml")(text), set(), [yaml.compose(text, yaml.SafeLoader)]
+    while left:
+        node = left.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"{where}: {name} is given twice. Take one of them out.")
+            left += [value for _, value in node.value]
+        else:
+            left += node.value
+    return found
+
+
 def _pairs(name: str, text: str) -> list[str]:
     """``--trainer key=value``, or a mapping in YAML, as the library's ``--trainer.key=value``."""
     if re.match(r"\w+=", text):
         return [f"{name}.{text}"]
-    found = get_loader("yaml")(text)
+    found = _yaml(text, name)
     if not isinstance(found, dict):
         raise ConfigError(f"{name}: expected key=value, got {text!r}.")
     text_of = lambda value: value if isinstance(value, str) else json.dumps(value)
@@ -318,12 +355,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; 1e-4 is a number, as in YAML 1.2.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or holds no mapping.
+        ConfigError: the file is missing, not YAML, holds no mapping, or a key twice.
     """
     import yaml
 
     try:
-        found = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+        found = _yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(found or {}, dict):

@@ -159,10 +159,10 @@ def pair_columns(config: DPOConfig) -> PairColumns:
         taken = taken - {"extra_ids"} | {"extra"}
     if config.reference in ("adapter", "copy"):
         taken -= {*REFERENCE}  # They are computed; columns of that name are not used.
-    first: dict[str, Any] = {}
+    where, first = "", {}
     if taken:
         rows = iterate_rows(**source_of(config) | {"limit": 1})
-        first = next((row for _, _, row in rows), {})
+        where, _, first = next(rows, ("", 0, {}))
     found = sorted(name for name in taken if first.get(name) is not None)
     available = {*SUMS, *found}
     if "extra" in found:
@@ -170,6 +170,9 @@ def pair_columns(config: DPOConfig) -> PairColumns:
     try:
         require_inputs(config.loss, available)
     except ConfigError as error:
+        nulls = sorted(taken & first.keys() - {*found})
+        if nulls:
+            raise DataError(f"{where}: {', '.join(nulls)} is null. {error}") from None
         others = [name for name in first if name not in PAIR_FIELDS]
         raise ConfigError(f"{error}{renames(sorted(taken - {*found}), others)}") from None
     _check_reference(found, [name for name in REFERENCE if name in inputs.keys() & available])

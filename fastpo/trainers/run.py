@@ -45,6 +45,7 @@ from fastpo.trainers.config import (
     RunConfig,
     SFTConfig,
     keep_for_resume,
+    remarks,
 )
 from fastpo.trainers.dpo import REFERENCE, DPOTrainer, loss_arguments
 from fastpo.trainers.grpo import GRPOTrainer
@@ -66,6 +67,36 @@ from fastpo.trainers.stops import SaveAndStop, Signals, Stopped
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Set by this module from options of its own.
 _OWN = ("output_dir", "learning_rate", "seed", "max_steps", "remove_unused_columns")
+
+
+# TrainingArguments that nothing reads here, or that would break a run, and what to do instead.
+_REFUSED = {
+    "label_smoothing_factor": "losses are fastpo's: take label_smoothing of train dpo",
+    "use_liger_kernel": "the losses of fastpo are fused already",
+    "liger_kernel_config": "the losses of fastpo are fused already",
+    "length_column_name": "rows are not grouped by length",
+    "prediction_loss_only": "an evaluation is of the loss and all metrics",
+    "include_for_metrics": "the metrics are fixed",
+    "batch_eval_metrics": "the metrics are of all held-out rows at once",
+    "eval_do_concat_batches": "the metrics are of all held-out rows at once",
+    "eval_use_gather_object": "what is gathered are tensors",
+    "label_names": "the collators name the labels",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "eval_on_start": "a run with held-out rows begins with an evaluation",
+    "bf16_full_eval": "the weights would be saved as rounded for the evaluation",
+    "fp16_full_eval": "the weights would be saved as rounded for the evaluation",
+    "do_train": "the command says what is done",
+    "do_eval": "give eval_data or eval_share",
+    "do_predict": "the command says what is done",
+    "resume_from_checkpoint": "give resume or resume_from",
+}
+_REFUSED_BY_GROUPS = {
+    "train_sampling_strategy": "prompts are shuffled by generations",
+    "data_seed": "the order is of seed",
+    "average_tokens_across_devices": "tokens are counted over all devices",
+    "per_device_eval_batch_size": "held-out prompts are sampled by sample_batch_size",
+    "eval_accumulation_steps": "held-out prompts are sampled by sample_batch_size",
+}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -179,6 +210,14 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     clash = [name for name in config.trainer if name in _OWN]
     if clash:
         raise ConfigError(f"trainer: {clash[0]} is set by an option of its own or fixed.")
+    refused = _REFUSED | (_REFUSED_BY_GROUPS if isinstance(config, GRPOConfig) else {})
+    for name in config.trainer.keys() & refused.keys():
+        problem = f"trainer: {name} has no use here, as {refused[name]}"
+        raise ConfigError(f"{problem}. Leave it out.")
+    strategy = config.trainer.get("train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        expected = "expected random or sequential, as rows are not grouped by length"
+        raise ConfigError(f"trainer: train_sampling_strategy: {expected}; got {strategy!r}.")
     schedules = [schedule.value for schedule in SchedulerType]
     if config.schedule not in schedules:
         hint = near(config.schedule, schedules)
@@ -259,9 +298,6 @@ def load_rollouts(
     functions = load_rewards(config.reward)
     columns = {name for row in rows for name in row}
     if not functions:
-        if config.eval_data or config.eval_share:
-            remedy = "Give --reward, or leave eval_data and eval_share out."
-            raise ConfigError(f"eval_data, eval_share: given completions are not scored. {remedy}")
         groups = GivenGroups(rows, tokenizer, config.max_length)
         equal = sum(group.has_equal_rewards for group in groups.groups)
         counts = f"{sum(len(group.ids) for group in groups.groups)} completions"
@@ -359,6 +395,8 @@ def _run_alone(config: RunConfig, load, build) -> dict[str, Any]:
     output = Path(config.output)
     checkpoint = resume_point(output, config.resume, config.resume_from)
     args = training_arguments(config)
+    for line in remarks(config):
+        say(line)
     tokenizer = load_tokenizer(config.model)
     inputs = {
         "world_size": str(args.world_size),
@@ -369,6 +407,9 @@ def _run_alone(config: RunConfig, load, build) -> dict[str, Any]:
         keep_for_resume(config, output, checkpoint)
     set_seed(config.seed)
     train, held = load(tokenizer)
+    if held is None and args.eval_strategy != "no":
+        remedy = "Give eval_data or eval_share, or leave it out."
+        raise ConfigError(f"trainer: eval_strategy: no rows are held out. {remedy}")
     for name, part in (("data", train), ("eval_data", held)):
         inputs[name] = digest_of(getattr(part, "rows", part) or ())
     check_inputs(checkpoint, inputs)

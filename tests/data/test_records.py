@@ -34,6 +34,8 @@ def test_plain_gzip_and_saved_folder_give_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"prompt": "a", "chosen": "b", "chosen": "c"}', r"line 2: 'chosen' is given twice"),
+        ('{"prompt": [{"role": "user", "role": "u"}]}', r"line 2: 'role' is given twice"),
         ('{"prompt": "a", ', r"bad\.jsonl, line 2, column \d+: not JSON"),
         ('["a"]', r"bad\.jsonl, line 2: expected a JSON object, got a list"),
         ('{"prompt": "a", "chosen": " b"}', r"line 2: field 'rejected' is missing; the"),

@@ -201,3 +201,10 @@ def test_names_are_resolved_through_attributes(tmp_path, monkeypatch):
         load_rewards("my_exit:f")
     with pytest.raises(ConfigError, match="'my_scores', which is a module"):
         load_rewards("my_scores")
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_weights_that_leave_no_reward_are_refused(weights):
+    with pytest.raises(ConfigError, match="reward_weights: expected finite numbers that are not"):
+        Rewards([len, len], weights)
+    assert Rewards([len, len], [0.0, -1.0]).weights == [0.0, -1.0]

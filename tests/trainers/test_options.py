@@ -4,7 +4,8 @@ import contextlib
 import math
 import re
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from fastpo.cli import COMMANDS, main
 from fastpo.trainers import config as configs
 from fastpo.trainers import run
+from fastpo.trainers.config import LORA, SAMPLING, remarks
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
 from fastpo.trainers.diffusion_setup import loss_of
 from fastpo.trainers.lora import lora_targets
@@ -145,6 +147,92 @@ def test_values_are_typed_as_a_function_asks():
 def test_an_empty_yaml_key_is_refused(empty):
     with pytest.raises(ConfigError, match=rf"^{empty}: expected .* got None"):
         build(CONFIGS["train dpo"], REQUIRED | {empty: None})
+
+
+def another(cls, name):
+    """A value that is not the default, of an option."""
+    each, kind = cls.__dataclass_fields__[name], kinds(cls, name)
+    if each.metadata["choices"]:
+        return next(word for word in each.metadata["choices"] if word != each.default)
+    if float in kind and str not in kind:
+        return (each.default or 1.0) / 2
+    return (each.default or 0) + 1 if int in kind else "1"
+
+
+@pytest.mark.parametrize("command", [name for name in CONFIGS if name.startswith("train")])
+def test_options_of_a_lora_need_one(command):
+    cls = CONFIGS[command]
+    of_lora = {each.name for each in fields(cls) if each.name.startswith("lora_")}
+    assert of_lora == {"lora_r", *LORA}
+    for name in LORA:
+        given = required(cls) | {name: another(cls, name)}
+        with pytest.raises(ConfigError, match=f"^{name}: a LoRA needs lora_r above 0"):
+            build(cls, given)
+        assert getattr(build(cls, given, {"lora_r": 2}), name) == given[name]
+
+
+def test_options_of_sampling_need_a_reward():
+    """Of all options of groups, those that only sampling reads are refused without it."""
+    cls, refused = CONFIGS["train grpo"], set()
+    for name in (each.name for each in fields(cls) if each.name not in ("reward", "trainer")):
+        hint = get_type_hints(cls)[name]
+        if get_origin(hint) is dict or name in REQUIRED:
+            continue
+        given = REQUIRED | {name: another(cls, name)}
+        problem = value_or_refused(build, cls, given, {"reward": "m:f"}) == "refused"
+        if not problem and value_or_refused(build, cls, given) == "refused":
+            with pytest.raises(ConfigError, match=f"^{name}: given completions are not scored"):
+                build(cls, given)
+            refused.add(name)
+    assert refused == {*SAMPLING}
+
+
+def test_a_key_that_is_given_twice_is_named(tmp_path):
+    for text, name in (
+        ("seed: 1\nbeta: 2\nseed: 1\n", "seed"),
+        ("trainer:\n  optim: sgd\n  optim: adamw_torch\n", "optim"),
+        ("columns: [{a: 1, a: 2}]\n", "a"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"a\.yaml: {name} is given twice"):
+            read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a: &one {x: 1}\nb: *one\nc: {x: 2}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 2}}
+
+
+def test_options_that_ask_for_what_is_not_done_are_remarked():
+    cls = CONFIGS["train dpo"]
+    given = REQUIRED | {"eval_data": "e.jsonl", "eval_share": 0.2}
+    assert remarks(build(cls, given)) == ["eval_share: 0.2 is not used, as there is eval_data"]
+    steps = {"max_steps": 5, "warmup_steps": 5}
+    (line,) = remarks(build(cls, REQUIRED, steps))
+    assert line == "warmup_steps: 5 steps of warm-up in 5, the learning rate never reaches its peak"
+    assert remarks(build(cls, REQUIRED, steps | {"warmup_steps": 4})) == []
+    assert remarks(build(cls, REQUIRED, {"warmup_steps": 100})) == []
+    with pytest.raises(ConfigError, match="warmup_steps: the schedule constant has no warm-up"):
+        build(cls, REQUIRED, steps | {"schedule": "constant"})
+
+
+def test_arguments_of_the_trainer_that_nothing_reads_are_refused():
+    run = pytest.importorskip("fastpo.trainers.run")
+    given = {name: REQUIRED | {"trainer": {name: 1}} for name in run._REFUSED_BY_GROUPS}
+    given |= {name: REQUIRED | {"trainer": {name: 1}} for name in run._REFUSED}
+    assert given.keys() <= {each.name for each in fields(run.TrainingArguments)}
+    for name, options in given.items():
+        message = f"trainer: {name} has no use here, as .* Leave it out"
+        with pytest.raises(ConfigError, match=message):
+            run.training_arguments(build(CONFIGS["train grpo"], options))
+    lengths = REQUIRED | {"trainer": {"train_sampling_strategy": "group_by_length"}}
+    with pytest.raises(ConfigError, match="train_sampling_strategy: expected random or seq"):
+        run.training_arguments(build(CONFIGS["train sft"], lengths))
+
+
+def test_a_run_without_a_step_does_not_start():
+    base = pytest.importorskip("fastpo.trainers.base")
+    args = SimpleNamespace(train_batch_size=4, world_size=1, dataloader_drop_last=True)
+    trainer = SimpleNamespace(train_dataset=range(3), args=args)
+    with pytest.raises(ConfigError, match=r"dataloader_drop_last: .* takes 4 rows and there are 3"):
+        base.StatisticTrainer.train(trainer)
 
 
 @pytest.fixture

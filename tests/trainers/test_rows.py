@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from fastpo import losses
 from fastpo.data.errors import DataError
 from fastpo.data.formats import COMPLETION_FIELDS, PAIR_FIELDS
+from fastpo.data.records import load_rows
 from fastpo.data.tokens import PairCollator
 from fastpo.inputs import inputs_of
 from fastpo.trainers import config as configs
@@ -65,6 +66,19 @@ def test_every_column_that_a_loss_takes_reaches_its_trainer(options, tokenizer, 
         expected = torch.stack([number + k, number - k], 1) if name in lists else number + k
         assert torch.equal(batch[name], expected), name
     assert len(batch["labels"]) == 3 * 6
+
+
+def test_a_null_in_a_needed_column_names_the_row(options, tmp_path):
+    """Wherever it is: in the first row, by which the columns are chosen, or in a later one."""
+    for i in (0, 2):
+        rows = [row | {"chosen_scores": 1.0, "rejected_scores": 0.0} for row in make_pairs(4)]
+        rows[i]["chosen_scores"] = None
+        data = write_jsonl(tmp_path / f"null{i}.jsonl", rows)
+        where = rf"null{i}\.jsonl, line {i + 1}: .*chosen_scores"
+        found = config(options, data=data, loss="rebel")
+        with pytest.raises(DataError, match=where) as caught:
+            load_rows(data, PAIR_FIELDS, numbers=pair_columns(found).numbers)
+        assert "chosen_scores=chosen_scores" not in str(caught.value)
 
 
 def test_a_loss_uses_what_is_in_the_file(options, tmp_path, capsys):
