@@ -44,7 +44,8 @@ def linear_nll(
         weight: [V, H], in the type of hidden.
         targets: [...] int64, ``ignore_index`` for tokens to skip.
         bias: [V] or None.
-        weights: [...] factors per token, no gradient; None for ones.
+        weights: [...] factors per token; None for ones. Where they want a gradient, this is
+            ``linear_logprobs`` as well.
         reduction: ``mean`` or ``sum``.
         temperature: divides the logits.
         logit_scale: multiplies them, before the soft-cap.
@@ -79,7 +80,7 @@ def linear_nll(
     factors_N = (inputs.targets_N != ignore_index).to(acc)
     if weights is not None:
         _check.check_shape(op, "weights", weights, tuple(targets.shape), "the targets'")
-        factors_N = torch.where(factors_N != 0, weights.detach().reshape(-1).to(acc), 0.0)
+        factors_N = torch.where(factors_N != 0, weights.reshape(-1).to(acc), 0.0)
     if reduction == "mean":
         total = factors_N.sum()
         factors_N = factors_N / torch.where(total == 0, 1.0, total)
@@ -88,7 +89,9 @@ def linear_nll(
     rows = tile_rows(inputs.hidden_NH, weight.shape[0], workspace_bytes)
     one_tile = rows >= inputs.hidden_NH.shape[0]
     exact_sum = inputs.weight_VH.dtype == acc and rows >= _FEWEST_ROWS
-    if inputs.needs_grad() and not inputs.head_is_frozen() and (one_tile or exact_sum):
+    is_known = not factors_N.requires_grad  # else their gradient needs the log-probs
+    is_trained = inputs.needs_grad() and not inputs.head_is_frozen()
+    if is_known and is_trained and (one_tile or exact_sum):
         trained = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
         needs = [t is not None and t.requires_grad for t in trained]
         tensors = (inputs.hidden_NH, inputs.weight_VH, inputs.targets_N, inputs.bias_V, factors_N)

@@ -57,6 +57,21 @@ def test_a_second_backward_is_an_error_not_a_wrong_gradient(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), (), ("hidden", "weight", "bias")], ids=str)
+def test_the_weights_of_tokens_get_their_gradient(device, frozen, reduction):
+    tensors, targets = problem(torch.float32, device)
+    tensors["weights"] = torch.rand(targets.shape, device=device)
+    results = []
+    for kind, nll in ((torch.float64, plain_nll), (torch.float32, plain_nll), (None, None)):
+        inputs = leaves(tensors, kind or torch.float32, frozen)
+        (nll or fastpo.linear_nll)(**inputs, targets=targets, reduction=reduction).backward()
+        results.append(inputs)
+    for name in set(results[0]) - set(frozen):
+        truth, base, out = (inputs[name].grad for inputs in results)
+        assert_close_to_truth(out, truth, base, what=f"d {name}")
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_every_token_ignored(device, trained):
     hidden = torch.randn(5, 8, device=device, requires_grad=True)

@@ -147,7 +147,16 @@ def batch_std(stats: GroupStats, ddof: int) -> Tensor:
 
 
 def reciprocal(std: Tensor, eps: float) -> Tensor:
-    """1 / (std + eps), and 0 instead of infinity, where all that is scaled is 0."""
+    """1 / (std + eps), and 0 instead of infinity, where all that is scaled is 0.
+
+    An infinite ``std``, of squares that overflow, would make every advantage 0. It is refused on
+    the CPU; elsewhere, where looking would wait for the device, the advantages are NaN.
+    """
+    if is_checkable(std) and std.isinf().any():
+        expected = f"numbers whose squares are finite in {std.dtype}"
+        remedy = "Scale the rewards down, or pass float64."
+        raise fail("group_advantages", "rewards", expected, "larger ones", remedy)
+    std = std.nan_to_num(nan=torch.nan, posinf=torch.nan)
     scale = (std + eps).reciprocal_()
     return scale if eps else torch.where(std == 0, 0.0, scale)
 

@@ -80,6 +80,9 @@ def group_advantages(
     group's ids may lie on several ranks. The numbers of rows are exchanged first, which waits for
     the device.
 
+    Advantages are constants of every method: rewards, and other tensors, that require a gradient
+    are detached here and get none.
+
     Args:
         rewards: [N] with ``groups``, or [P, G] without: each row a group; NaN where a response
             could not be scored. With one more dimension K for several rewards: ``gdpo``,
@@ -93,7 +96,8 @@ def group_advantages(
         **options: of the method's function.
 
     Returns:
-        [N] or [P, G] float32, or float64 for float64 rewards. No gradient.
+        [N] or [P, G] float32, or float64 for float64 rewards. No gradient. NaN on a GPU where the
+        squares of rewards overflow in a standard deviation, which is an error on the CPU.
 
     Raises:
         ValueError: the method or an option is unknown or missing, ranks have tensors of different

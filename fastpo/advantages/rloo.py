@@ -74,4 +74,4 @@ def _normalize(advantages: Tensor, rows: shared.Rows, counts_G: Tensor) -> Tenso
     count = valid.sum()
     centred = (advantages - (valid * advantages).sum() / count.clamp(min=1)) * valid
     std = (centred.square().sum() / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std + 1e-4)
+    return centred * shared.reciprocal(std, 1e-4)

@@ -155,7 +155,8 @@ def policy_loss(
     clip_high) A) (arXiv:2402.03300, arXiv:1707.06347 eq. 7); ``fastpo.surrogates.PRESETS`` has the
     settings and the source of every method, ``csrc/fastpo.h`` the formula of every kind. A token
     outside ``mask`` counts nowhere. ``weights``, ``policy_mask`` and what corrects for the sampler
-    act on the policy term alone and change no divisor.
+    act on the policy term alone and change no divisor. All tensors but ``logprobs`` and ``entropy``
+    are constants of the method: one that requires a gradient is detached here and gets none.
 
     Ratios are formed from log-ratios held at +-``log_ratio_max`` (20), without gradient beyond. A
     tie of two branches of a minimum takes the gradient of the unclipped one: at r = 1 it is that of

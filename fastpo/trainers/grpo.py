@@ -41,9 +41,10 @@ class GRPOTrainer(StatisticTrainer):
     sequences are over all batches and ranks of an optimiser step; the entropy bonus takes the mean
     of the batches' means, weighted by their completions.
 
-    Beside the loss it logs ``rewards/mean``, ``rewards/std`` (inside groups), ``groups/equal``
-    (share of groups in which no completion is better than another), ``completions/length``,
-    ``completions/truncated``, and the metrics of the loss.
+    Beside the loss it logs ``rewards/mean``, ``rewards/std`` (inside groups), ``rewards/missing``
+    (share of completions without a score), ``groups/equal`` (share of groups in which no completion
+    is better than another), ``completions/length``, ``completions/truncated``, and the metrics of
+    the loss.
 
     Args:
         model: a causal LM, or a ``PeftModel`` around one.
@@ -380,6 +381,8 @@ class GRPOTrainer(StatisticTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean reward of completions of the held-out prompts; the same seed each time.
 
+        Beside ``rewards/mean`` the share of completions without a score, ``rewards/missing``.
+
         Raises:
             ConfigError: there is no ``eval_rollout``.
         """
@@ -389,8 +392,13 @@ class GRPOTrainer(StatisticTrainer):
         index = list(range(rank, len(self.eval_rollout), ranks))
         groups = self._roll_out(self.eval_rollout, index, self.args.seed)
         rewards = [r for g in groups for r in g.rewards if not math.isnan(r)]
-        total, count = self.sum_over_ranks(sum(rewards), len(rewards)).tolist()
-        metrics = {f"{metric_key_prefix}_rewards/mean": total / max(count, 1)}
+        missing = sum(g.missing_rewards for g in groups)
+        sums = self.sum_over_ranks(sum(rewards), len(rewards), missing)
+        total, count, missing = sums.tolist()
+        metrics = {
+            f"{metric_key_prefix}_rewards/mean": total / max(count, 1),
+            f"{metric_key_prefix}_rewards/missing": missing / max(count + missing, 1),
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

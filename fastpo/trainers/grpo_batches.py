@@ -137,6 +137,7 @@ def _group_metrics(groups: list[Group]) -> dict[str, Tensor]:
     return {
         "rewards/mean": torch.cat(scored).mean() if any(map(len, scored)) else torch.tensor(0.0),
         "rewards/std": torch.stack(stds).mean(),
+        "rewards/missing": torch.cat(rewards).isnan().float().mean(),
         "groups/equal": mean(equal),
         "completions/length": mean(lengths),
         "completions/truncated": mean(truncated),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import faulthandler
 import functools
@@ -13,7 +14,7 @@ import pkgutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def number(value: Any, where: str) -> float:
     """A reward as a float; NaN for None.
 
     Raises:
-        RewardError: it is no finite number.
+        RewardError: it is no number that is finite in float32.
     """
     if value is None:
         return math.nan
@@ -46,8 +47,9 @@ def number(value: Any, where: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.inf
-    if math.isinf(number) or isinstance(value, str):
-        remedy = "None or NaN stands for no score."
+    # Beyond float32, which advantages are computed in, a number is infinite there.
+    if abs(number) > torch.finfo(torch.float32).max or isinstance(value, str):
+        remedy = "It has to fit float32; None or NaN stands for no score."
         raise RewardError(f"{where}: expected a finite number, got {value!r:.80}. {remedy}")
     return number
 
@@ -60,8 +62,9 @@ class Rewards:
             they came (text or messages), ``completions`` (texts without special tokens, or a list
             of one assistant message where the prompt is messages), ``completion_ids``, every other
             column of the rows, and with ``trainer_state``. A function without ``**kwargs`` is
-            given those that it names. They return a number per completion, None or NaN for no
-            score; they may be ``async``.
+            given those that it names. Each gets lists and dicts of its own, which it may change.
+            They return a number per completion, None or NaN for no score; they may be ``async``.
+            They run in the caller's grad, inference and autocast modes.
         weights: of the functions; 1 if not given.
         seconds: that one call may take. It runs in a thread of its own, so that it can be given up
             even if it swallows exceptions; one that does not let go of the interpreter, as a
@@ -170,8 +173,30 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-async def _awaited(found: Any) -> Any:
-    return await found
+Modes = Callable[[], contextlib.AbstractContextManager]
+
+
+def _torch_modes() -> Modes:
+    """Makes contexts with the caller's modes of torch, each of which is one of the thread."""
+    with_grad, in_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    types = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in types}
+
+    @contextlib.contextmanager
+    def modes() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(in_inference))
+            stack.enter_context(torch.set_grad_enabled(with_grad))
+            for kind, dtype in dtypes.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+    return modes
+
+
+async def _awaited(found: Any, modes: Modes) -> Any:
+    with modes():
+        return await found
 
 
 def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
@@ -179,7 +204,9 @@ def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         found = call()
         if inspect.isawaitable(found):
-            found = asyncio.run_coroutine_threadsafe(_awaited(found), _event_loop()).result()
+            found = asyncio.run_coroutine_threadsafe(
+                _awaited(found, _torch_modes()), _event_loop()
+            ).result()
         return found, None
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _is_main():
@@ -194,12 +221,14 @@ def _is_main() -> bool:
 def _outcome_within(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     """The outcome of a call in a thread, which is left to itself after its time."""
     outcome: list[Any] = []
+    modes = _torch_modes()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         if device is not None:
             torch.cuda.set_device(device)  # which is one of the thread
-        outcome.extend(_outcome(call))
+        with modes():
+            outcome.extend(_outcome(call))
 
     # A daemon: the program ends though the function does not.
     context = contextvars.copy_context()
@@ -216,12 +245,22 @@ def _outcome_within(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseE
     return tuple(outcome) if outcome else (None, late)
 
 
+def _own(value: Any) -> Any:
+    """The value with its lists and dicts copied, and those in them."""
+    if isinstance(value, list):
+        return [_own(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return value
+
+
 def _scores(function: Reward, given: dict[str, Any], seconds: float) -> list[float]:
     name, count = _name(function), len(given["completions"])
     named = _parameters(function)
     if named is not None:
         given = {key: value for key, value in given.items() if key in named}
-    call = functools.partial(function, **given)
+    # What one function changes in place neither training nor the next function sees.
+    call = functools.partial(function, **_own(given))
     found, error = _outcome_within(seconds, call) if seconds else _outcome(call)
     if error is not None:
         trace = traceback.extract_tb(error.__traceback__)

@@ -50,6 +50,11 @@ class Group:
         """Whether no completion is better than another."""
         return len({reward for reward in self.rewards if not math.isnan(reward)}) < 2
 
+    @property
+    def missing_rewards(self) -> int:
+        """Completions without a score, which teach nothing."""
+        return sum(map(math.isnan, self.rewards))
+
 
 def read_rows(
     source: str | os.PathLike, limit: int | None = None, **options: Any

@@ -302,6 +302,8 @@ def load_rollouts(
         equal = sum(group.has_equal_rewards for group in groups.groups)
         counts = f"{sum(len(group.ids) for group in groups.groups)} completions"
         changes = groups.report.changes
+        missing = sum(group.missing_rewards for group in groups.groups)
+        changes = f"{missing} completions without a reward, {changes}" if missing else changes
         say(f"train: {len(rows)} groups, {counts}, {equal} groups of equal rewards, {changes}")
         used = {"prompt", "row", "completions", "rewards"}
         if isinstance(rows[0]["prompt"], list):

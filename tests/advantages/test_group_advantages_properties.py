@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -93,6 +94,33 @@ def test_a_missing_reward_is_0_and_changes_nothing_else(name, binary):
     torch.testing.assert_close(got[:-2], method(name)(rewards, ids, lengths))
     nothing = method(name)(torch.full_like(rewards, NAN), ids, lengths)
     assert (nothing == 0).all()
+
+
+@every
+def test_squares_that_overflow_do_not_make_advantages_0(name):
+    """They are those of float64, or the rewards are refused."""
+    parameters = inspect.signature(getattr(advantages, name)).parameters
+    options = [{"reward_range": (0.0, 4e20)} if name == "bnpo" else {}]
+    options += [{"normalize": True}] if "normalize" in parameters else []
+    options += [{"scale": s} for s in ("group", "batch") if "scale" in parameters]
+    rewards = torch.tensor([0.0, 1e20, 2e20, 3e20, 1e20, 0.0])
+    for chosen in options:
+        try:
+            want = method(name)(rewards.double(), 3, **chosen)
+        except ValueError as error:
+            refusal = str(error)  # of large rewards, or of a scale that the method has not
+            with pytest.raises(ValueError, match=re.escape(refusal)):
+                method(name)(rewards, 3, **chosen)
+            continue
+        got, refusal = None, ""
+        try:
+            got = method(name)(rewards, 3, **chosen)
+        except ValueError as error:
+            refusal = str(error)
+        if got is None:
+            assert "rewards: expected numbers whose squares are finite" in refusal
+        else:
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @every

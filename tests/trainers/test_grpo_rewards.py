@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 from transformers import AutoTokenizer, TrainerState
 
 from fastpo.trainers import grpo_rewards
@@ -68,6 +69,52 @@ def test_completions_of_messages_are_messages(model_folder):
     rollout = groups(model_folder, [{"prompt": [{"role": "user", "content": "red"}]}], reward)
     tokenizer = rollout.tokenizer
     assert rollout(None, [0], 0)[0].rewards == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("seconds", [600.0, 0.0])
+def test_what_a_reward_changes_nobody_else_sees(model_folder, seconds):
+    seen = []
+
+    def changes(prompts, completions, completion_ids, tags, **columns):
+        seen.append(repr((prompts, completions, completion_ids, tags)))
+        for b in range(len(completions)):
+            prompts[b][0]["content"] = completions[b][0]["content"] = "changed"
+            completion_ids[b][:] = [0]
+            tags[b]["of"].append("changed")
+        del prompts[1:], completions[1:], completion_ids[1:], tags[1:]
+        return [1.0, 0.0]
+
+    row = {"prompt": [{"role": "user", "content": "red"}], "tags": {"of": ["a"]}}
+    rollout = groups(model_folder, [row], changes, changes, seconds=seconds)
+    for _ in range(2):
+        assert rollout(None, [0], 0)[0].ids == [[4, 5], [5, 5]]
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
+    assert "changed" not in repr(rollout.rows)
+
+
+@pytest.mark.parametrize("seconds", [600.0, 0.0])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_rewards_run_in_the_modes_of_the_caller(seconds, is_async):
+    def modes():
+        on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), on and dtype
+
+    def reward(completions):
+        seen.append(modes())
+        return [0.0]
+
+    async def awaited(completions):
+        await asyncio.sleep(0)
+        return reward(completions)
+
+    rewards = Rewards([awaited if is_async else reward], seconds=seconds)
+    half = torch.autocast("cpu", torch.float16)
+    for mode in (torch.no_grad(), torch.enable_grad(), torch.inference_mode(), half):
+        seen = []
+        with mode:
+            rewards(["a"], ["b"])
+            assert seen == [modes()]
 
 
 class OfObject:
@@ -184,6 +231,12 @@ def test_parameters_that_nothing_gives_are_refused_before_anything_is_sampled(mo
     match = r"takes (p|solution|x); there are prompts, completions, .*answer\. .* keywords"
     with pytest.raises(ConfigError, match=match):
         groups(model_folder, [{"prompt": "red", "answer": "1"}], reward)
+
+
+@pytest.mark.parametrize("value", [1e39, -(10**400), float("inf"), "1"])
+def test_a_score_fits_float32(value):
+    with pytest.raises(RewardError, match=r"completion 0: expected a finite number, got .*float32"):
+        Rewards([lambda completions: [value]])(["a"], ["b"])
 
 
 def test_a_limit_is_a_number():

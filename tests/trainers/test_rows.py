@@ -16,6 +16,7 @@ from fastpo.data.tokens import PairCollator
 from fastpo.inputs import inputs_of
 from fastpo.trainers import config as configs
 from fastpo.trainers import dpo, run
+from fastpo.trainers.grpo_batches import GroupCollator
 from fastpo.trainers.grpo_rollouts import read_rows
 from fastpo.trainers.rows import load_data, pair_columns
 
@@ -179,6 +180,17 @@ def test_cuts_are_counted(options, tokenizer, tmp_path, capsys):
         "prompts cut in 1, completions cut in 3",
         "train: 3 prompts, 2 completions each, prompts cut in 1",
     ]
+
+
+def test_completions_without_a_reward_are_counted(options, tokenizer, tmp_path, capsys):
+    group = {"prompt": "a", "completions": ["b", "c", "d"], "rewards": [0, None, 1]}
+    data = write_jsonl(tmp_path / "rows.jsonl", [group] * 20)
+    given = config(options, configs.GRPOConfig, data=data, eval_share=0.0)
+    groups, _ = run.load_rollouts(given, tokenizer)
+    counts = "0 groups of equal rewards, 20 completions without a reward, longest"
+    assert f"train: 20 groups, 60 completions, {counts}" in capsys.readouterr().out
+    batch = GroupCollator(0)(groups.groups[:2], [torch.zeros(3)] * 2)
+    torch.testing.assert_close(batch["metrics"]["rewards/missing"], torch.tensor(1 / 3))
 
 
 def test_groups_take_columns_and_templates(options, tokenizer, tmp_path, capsys):
