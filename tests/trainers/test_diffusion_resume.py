@@ -76,8 +76,8 @@ def test_killed_run_resumes_to_the_same_weights(options, tmp_path, name):
     assert [p.name for p in output.glob("*checkpoint*")] == ["checkpoint-2"]
     with pytest.raises(CheckpointError, match="holds checkpoints of a run up to checkpoint-2"):
         run(options)
-    with pytest.raises(ConfigError, match="beta None -> 3"):
-        run(options | {"resume": True, "beta": 3.0})
+    with pytest.raises(ConfigError, match=r"loss_options .*20.0. -> .*3.0"):
+        run(options | {"resume": True, "loss_options": {"beta": 3.0}})
     resumed = run(options | {"resume": True})
     assert resumed.steps == 4
 

@@ -159,7 +159,8 @@ EQUAL = {("weighted_sum_grpo", "grpo")}
 
 def test_no_advantage_by_name_is_another_one(options):
     """On one batch, with the defaults of each."""
-    found, model = {}, run.load_model(configs.build(configs.GRPOConfig, options))
+    config = configs.build(configs.GRPOConfig, options | {"eval_share": 0.0})
+    found, model = {}, run.load_model(config)
     for name in advantages.METHODS:
         groups = rollout()
         for g in groups.groups:  # In [0, 1].
@@ -235,7 +236,8 @@ def test_presets_are_the_same_only_where_their_settings_are():
 
 
 def test_the_trainer_refuses_presets_whose_masks_it_does_not_have(options):
-    args = run.training_arguments(configs.build(configs.GRPOConfig, options))
+    config = configs.build(configs.GRPOConfig, options | {"eval_share": 0.0})
+    args = run.training_arguments(config)
     for name, preset in surrogates.PRESETS.items():
         for needed in preset.needs:
             with pytest.raises(ConfigError, match=needed):
