@@ -27,17 +27,16 @@ def _weights(
     components, dtype = rewards.shape[-1], accumulation_dtype(rewards.dtype)
     if reward_weights is None:
         return torch.ones(components, dtype=dtype, device=rewards.device)
-    weights_K = torch.as_tensor(reward_weights).detach()
-    weights_K = weights_K.to(rewards.device, dtype, non_blocking=True)  # a list must not wait
+    given_K = torch.as_tensor(reward_weights).detach()
+    weights_K = given_K.to(rewards.device, dtype, non_blocking=True)  # a list must not wait
     if weights_K.shape != (components,):
         got = list(weights_K.shape)
         remedy = "One weight per component, in the last dimension."
         raise shared.fail(function, "reward_weights", f"[K], K = {components}", got, remedy)
     # Of a list or on the CPU, where looking at them does not wait for a device.
-    known = reward_weights if isinstance(reward_weights, Tensor) else torch.tensor(reward_weights)
-    if known.device.type == "cpu" and not known.isfinite().all():
-        remedy = "0 leaves a component out."
-        raise shared.fail(function, "reward_weights", "finite numbers", f"{known.tolist()}", remedy)
+    if given_K.device.type == "cpu" and not given_K.isfinite().all():
+        got, remedy = f"{given_K.tolist()}", "0 leaves a component out."
+        raise shared.fail(function, "reward_weights", "finite numbers", got, remedy)
     return weights_K
 
 
