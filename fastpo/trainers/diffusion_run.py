@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from fastpo.data.records import split_by_prompt
 from fastpo.integrations.diffusers import Schedule
-from fastpo.trainers.checkpoints import locked, resume_point
+from fastpo.trainers.checkpoints import locked, resume_point, say
 from fastpo.trainers.config import ConfigError, remarks
 from fastpo.trainers.diffusion import DiffusionDPOTrainer
 from fastpo.trainers.diffusion_config import DiffusionDPOConfig
@@ -41,18 +41,13 @@ def _load_pipeline(config: DiffusionDPOConfig) -> Any:
     return pipeline.to(PartialState(cpu=config.cpu).device)
 
 
-def _say(line: str) -> None:
-    if PartialState().is_main_process:
-        print(line, flush=True)
-
-
 def _split(
     rows: list[dict[str, Any]], config: DiffusionDPOConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to train on and held-out ones, of other prompts."""
     if config.eval_data:
         inputs = loss_of(config).inputs - {*POLICY, *REFERENCE}
-        return rows, read_pairs(config.eval_data, loss_inputs=inputs, say=_say)
+        return rows, read_pairs(config.eval_data, loss_inputs=inputs, say=say)
     prompts = [row.get("prompt", row.get("chosen_prompt", "")) for row in rows]
     places = {"prompt": prompts, "place": list(range(len(rows)))}
     kept, held = split_by_prompt(Dataset.from_dict(places), config.eval_share, config.seed)
@@ -84,7 +79,7 @@ def _train(config: DiffusionDPOConfig) -> dict[str, Any]:
         remedy = "Give eval_data or eval_share, or leave it out."
         raise ConfigError(f"eval_steps: no rows are held out. {remedy}")
     for line in remarks(config):
-        _say(line)
+        say(line)
     pipeline = _load_pipeline(config)
     name, denoiser = denoiser_of(pipeline)
     # What does not fit shows before all images are encoded; the trainer looks again, and closer.
@@ -99,11 +94,11 @@ def _train(config: DiffusionDPOConfig) -> dict[str, Any]:
         buckets=buckets,
         crop_seed=config.seed if config.random_crop else None,
     )
-    read = read_pairs(config.data, config.limit, inputs, _say)
+    read = read_pairs(config.data, config.limit, inputs, say)
     rows, held = _split(read, config)
     tensors = encoder(rows, config.progress)
     held_tensors = encoder(held, config.progress) if held else None
-    _say(encoder.images.report())
+    say(encoder.images.report())
     trainer = DiffusionDPOTrainer(denoiser, pipeline.scheduler, tensors, config, held_tensors)
     shown = (held or rows)[: config.sample_count]
     picture = sample_grid(pipeline, encoder, shown, config.sample_steps, config.seed)
